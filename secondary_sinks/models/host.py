@@ -1,0 +1,376 @@
+"""The host: what a TransformerLens model offers, and one observed forward pass through it.
+
+Everything that knows the name of a hook is in this file. The rest of the library speaks of *sites*:
+
+>>> Site("resid_post", 3)          # the residual stream after block 3
+>>> Site("k", 3)                   # the keys of layer 3
+>>> Site("final_norm")             # the output of the norm before the unembedding
+
+A site has the same name and shape in both TransformerLens generations (`TransformerBridge` and
+`HookedTransformer`). `observe` runs the model once and hands each activation to a function as it
+appears. The host can fail silently (a hook that exists and never fires, an identity that does not
+hold in an unusual block), so `observe` counts what fired and `check_residual_identity` tests, once
+a model, that `resid_pre + attn_out + mlp_out` is `resid_post`; both raise.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from secondary_sinks.errors import InputError, ModelError
+
+SITE_HOOKS: dict[str, str] = {
+    "resid_pre": "blocks.{layer}.hook_resid_pre",
+    "resid_mid": "blocks.{layer}.hook_resid_mid",
+    "resid_post": "blocks.{layer}.hook_resid_post",
+    "attn_out": "blocks.{layer}.hook_attn_out",
+    "mlp_out": "blocks.{layer}.hook_mlp_out",
+    "q": "blocks.{layer}.attn.hook_q",
+    "k": "blocks.{layer}.attn.hook_k",
+    "v": "blocks.{layer}.attn.hook_v",
+    "z": "blocks.{layer}.attn.hook_z",
+    "attn_scores": "blocks.{layer}.attn.hook_attn_scores",
+    "pattern": "blocks.{layer}.attn.hook_pattern",
+    "mlp_pre": "blocks.{layer}.mlp.hook_pre",
+    "mlp_pre_linear": "blocks.{layer}.mlp.hook_pre_linear",
+    "mlp_post": "blocks.{layer}.mlp.hook_post",
+}
+"""Hook of every site that each layer has. Without the batch dimension, residual sites and
+`attn_out`, `mlp_out` are [token, d_model]; `q`, `k`, `v`, `z` are [token, head, d_head] (key-value
+heads under grouped-query attention); `attn_scores`, `pattern` are [head, query, key]; `mlp_*` are
+[token, d_mlp] (or [token, d_model] in mixture-of-experts blocks)."""
+
+FINAL_NORM = "final_norm"
+"""The one site that belongs to no layer: the final norm's output, [token, d_model], which is what
+Hugging Face calls `hidden_states[-1]`. No hook has this value in both generations, so it is read
+by an ordinary module hook."""
+
+
+class Site(NamedTuple):
+    """A place in the model where an activation can be read."""
+
+    name: str
+    layer: int | None = None
+
+
+Observer = Callable[[Tensor], None]
+UserHook = tuple[Any, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class HostInfo:
+    """What is recorded of the measured model with every result."""
+
+    name: str
+    generation: Literal["bridge", "hooked", "other"]
+    n_layers: int
+    n_heads: int
+    d_model: int
+    n_ctx: int | None
+    dtype: str
+    processing: tuple[str, ...]
+    """How the weights differ from the raw ones (empty: raw). Sinks are defined on raw weights;
+    folding or centering changes residual norms and cosines."""
+
+    @property
+    def is_processed(self) -> bool:
+        """Whether the weights were changed after loading."""
+        return bool(self.processing)
+
+
+def describe(model: Any) -> HostInfo:
+    """Read what the library needs to know of `model` from its configuration.
+
+    Raises:
+        ModelError: `model` is not a TransformerLens model, or is not causal.
+    """
+    missing = [name for name in ("cfg", "run_with_hooks", "to_tokens") if not hasattr(model, name)]
+    if missing:
+        raise ModelError(
+            f"{type(model).__name__} has no {', '.join(missing)}: pass a TransformerLens model "
+            "(TransformerBridge or HookedTransformer), such as load_model(...) returns"
+        )
+    cfg = model.cfg
+    if getattr(cfg, "attention_dir", "causal") != "causal" or not hasattr(model, "unembed"):
+        raise ModelError(
+            f"{_name(model)!r} is not a causal language model; in an encoder every token sees "
+            "every other, and attention sinks are not defined in the sense used here"
+        )
+    return HostInfo(
+        name=_name(model),
+        generation=_generation(model),
+        n_layers=int(cfg.n_layers),
+        n_heads=int(cfg.n_heads),
+        d_model=int(cfg.d_model),
+        n_ctx=int(cfg.n_ctx) if getattr(cfg, "n_ctx", None) else None,
+        dtype=str(getattr(cfg, "dtype", "")).removeprefix("torch."),
+        processing=_processing(model),
+    )
+
+
+def observe(
+    model: Any,
+    tokens: Int[Tensor, "batch token"],
+    attention_mask: Int[Tensor, "batch token"],
+    observers: Mapping[Site, Observer],
+    *,
+    fwd_hooks: Sequence[UserHook] = (),
+) -> None:
+    """Run `model` once over `tokens` and hand every observed activation to its observer.
+
+    Observers see each activation with its batch dimension first, after any hook of the user's own
+    (those already on the model, and `fwd_hooks`) has edited it, and must not change it. Logits are
+    computed for the last position only where the host allows, no gradient is kept, and all hooks
+    that this call added are gone when it returns or raises.
+
+    Args:
+        model: any TransformerLens model.
+        tokens: token ids, padded on the right.
+        attention_mask: 1 for tokens, 0 for padding.
+        observers: one function a site.
+        fwd_hooks: further `(hook name, function)` pairs, as `run_with_hooks` takes them; they run
+            before the observers, so that the observers see what they changed.
+
+    Raises:
+        ModelError: a site does not exist in this model, or its hook did not fire exactly once, or
+            the model is in training mode with dropout (its activations would be random).
+    """
+    _refuse_dropout(model)
+    fired = dict.fromkeys(observers, 0)
+
+    def hook_of(site: Site, observer: Observer) -> Callable[..., None]:
+        def hook(activation: Tensor, hook: Any = None) -> None:
+            fired[site] += 1
+            observer(activation.detach())
+
+        return hook
+
+    hooks = [
+        (_hook_name(model, site), hook_of(site, observer))
+        for site, observer in observers.items()
+        if site.name != FINAL_NORM
+    ]
+    with torch.no_grad(), ExitStack() as stack:
+        final_observer = observers.get(Site(FINAL_NORM))
+        if final_observer is not None:
+            stack.enter_context(_final_norm_hook(model, hook_of(Site(FINAL_NORM), final_observer)))
+        device = _input_device(model)
+        model.run_with_hooks(
+            tokens.to(device),
+            fwd_hooks=[*fwd_hooks, *hooks],
+            return_type=None,
+            attention_mask=attention_mask.to(device),
+            **_cheap_forward_arguments(model),
+        )
+    wrong = {site: count for site, count in fired.items() if count != 1}
+    if wrong:
+        site, count = next(iter(wrong.items()))
+        raise ModelError(
+            f"the hook of {_spell(site)} fired {count} times in one forward pass of "
+            f"{_name(model)!r} ({len(wrong)} sites in all), so nothing it would say can be "
+            "trusted; this architecture cannot be measured at that site"
+        )
+
+
+def has_site(model: Any, site: Site) -> bool:
+    """Whether `model` has a hook for `site`."""
+    if site.name == FINAL_NORM:
+        return isinstance(getattr(model, "ln_final", None), torch.nn.Module)
+    template = SITE_HOOKS.get(site.name)
+    return template is not None and template.format(layer=site.layer) in model.hook_dict
+
+
+def layer_sites(names: Iterable[str], n_layers: int) -> list[Site]:
+    """Every site of the given names: one a layer, or the single final norm."""
+    sites: list[Site] = []
+    for name in dict.fromkeys(names):
+        if name == FINAL_NORM:
+            sites.append(Site(name))
+        elif name in SITE_HOOKS:
+            sites.extend(Site(name, layer) for layer in range(n_layers))
+        else:
+            raise InputError(
+                f"no site {name!r}; there are {', '.join(SITE_HOOKS)} and {FINAL_NORM}"
+            )
+    return sites
+
+
+_identity_checked: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+
+
+def check_residual_identity(model: Any, *, n_tokens: int = 8) -> float:
+    """Check that `resid_pre + attn_out + mlp_out == resid_post` in every block, once a model.
+
+    The attribution of anything to an MLP rests on this sum. It is tested on a few arbitrary tokens
+    the first time that a model is seen.
+
+    Returns:
+        The largest relative error over layers, |sum - resid_post| / |resid_post|.
+
+    Raises:
+        ModelError: the sum is off by more than rounding in the model's own precision explains.
+    """
+    if model in _identity_checked:
+        return _identity_checked[model]
+    info = describe(model)
+    n_tokens = min(n_tokens, info.n_ctx or n_tokens)
+    tokens = (torch.arange(n_tokens) % int(model.cfg.d_vocab))[None]
+    running: dict[int, Tensor] = {}
+    errors = torch.zeros(info.n_layers)
+    rounding = 0.0
+
+    def add(layer: int) -> Observer:
+        def observer(activation: Tensor) -> None:
+            part = activation.float()
+            running[layer] = part if layer not in running else running[layer] + part
+
+        return observer
+
+    def compare(layer: int) -> Observer:
+        def observer(activation: Tensor) -> None:
+            nonlocal rounding
+            rounding = max(rounding, torch.finfo(activation.dtype).eps)
+            after = activation.float()
+            error = (running.pop(layer).to(after.device) - after).norm() / after.norm()
+            errors[layer] = error.cpu()
+
+        return observer
+
+    observers = {
+        Site(name, layer): compare(layer) if name == "resid_post" else add(layer)
+        for layer in range(info.n_layers)
+        for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    }
+    observe(model, tokens, torch.ones_like(tokens), observers)
+    worst = float(errors.nan_to_num(nan=float("inf")).max())
+    if torch.isfinite(errors).all() and worst > max(1e-4, 8 * rounding):
+        raise ModelError(
+            f"in {info.name!r}, layer {int(errors.argmax())}, the residual stream is not the sum "
+            f"of what the attention and the MLP add to it (relative error {worst:.1e}): its "
+            "blocks are built in a way that this library does not know, or a hook on the model "
+            "edits one of them; remove such hooks (model.reset_hooks()) or use another model"
+        )
+    _identity_checked[model] = worst
+    return worst
+
+
+def _hook_name(model: Any, site: Site) -> str:
+    """The canonical hook name of a site.
+
+    The bridge calls a function once for the alias and once more for the canonical name in
+    compatibility mode; asking for the canonical name itself gives one call everywhere.
+    """
+    template = SITE_HOOKS.get(site.name)
+    if template is None:
+        raise InputError(f"no site {site.name!r}; there are {', '.join(SITE_HOOKS)}")
+    point = model.hook_dict.get(template.format(layer=site.layer))
+    if point is None:
+        raise ModelError(
+            f"{_name(model)!r} has no {_spell(site)} (no hook {template.format(layer=site.layer)}):"
+            " its blocks lack it, so what is read there cannot be measured in this model"
+        )
+    return str(point.name)
+
+
+def _final_norm_hook(model: Any, hook: Callable[[Tensor], None]) -> Any:
+    module = getattr(model, "ln_final", None)
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"{_name(model)!r} has no final norm (ln_final)")
+    # Not a lambda over `hook` alone: a module hook that returned something would replace the output.
+    return module.register_forward_hook(lambda _module, _inputs, output: hook(output))
+
+
+def _cheap_forward_arguments(model: Any) -> dict[str, Any]:
+    """Arguments that spare the work nobody looks at: the key-value cache and the logits.
+
+    The logits of 8,192 tokens over 151,000 words are 5 GB. `HookedTransformer` stops before them
+    by itself when no return value is asked for.
+    """
+    if _generation(model) != "bridge":
+        return {}
+    import inspect
+
+    accepted = inspect.signature(model.original_model.forward).parameters
+    arguments = {"use_cache": False, "logits_to_keep": 1}
+    return {name: value for name, value in arguments.items() if name in accepted}
+
+
+def _refuse_dropout(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.training and module.p > 0:
+            raise ModelError(
+                f"{_name(model)!r} is in training mode with dropout ({name}), so its activations "
+                "are random; call model.eval() first"
+            )
+
+
+def _input_device(model: Any) -> torch.device:
+    parameters = getattr(model, "parameters", None)
+    if parameters is None:
+        return torch.device("cpu")
+    return next((p.device for p in parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def _generation(model: Any) -> Literal["bridge", "hooked", "other"]:
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if "TransformerBridge" in names:
+        return "bridge"
+    return "hooked" if "HookedTransformer" in names else "other"
+
+
+def _processing(model: Any) -> tuple[str, ...]:
+    """What was done to the weights, as far as the host or the weights themselves tell."""
+    found = []
+    if getattr(model, "_weights_processed", False):
+        found.append("weights processed by TransformerLens")
+    if str(getattr(model.cfg, "normalization_type", "") or "").endswith("Pre"):
+        found.append("layer norms folded into the weights")
+    if _is_centered(model):
+        found.append("writing weights centered")
+    return tuple(found)
+
+
+def _is_centered(model: Any) -> bool:
+    """Whether every word's embedding has mean zero, which centering makes so and training never.
+
+    `HookedTransformer` keeps no record of centering, so the weights are asked.
+    """
+    weight = getattr(getattr(model, "embed", None), "W_E", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] < 2:
+        return False
+    rows = weight[:64].detach().float()
+    spread = rows.std(dim=1).clamp_min(1e-12)
+    return bool((rows.mean(dim=1).abs() / spread).max() < 1e-4) and bool((rows != 0).any())
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+
+
+def _spell(site: Site) -> str:
+    return site.name if site.layer is None else f"{site.name} of layer {site.layer}"
+
+
+__all__ = [
+    "FINAL_NORM",
+    "SITE_HOOKS",
+    "HostInfo",
+    "Observer",
+    "Site",
+    "check_residual_identity",
+    "describe",
+    "has_site",
+    "layer_sites",
+    "observe",
+]
+

@@ -1,0 +1,270 @@
+"""One streaming forward pass, any number of collectors.
+
+`run_with_cache` keeps every activation (4 GB at 512 tokens of a 0.5B model) and is reduced to a few
+statistics afterwards. `trace` hands each activation to the collectors when it appears and lets it
+go: nothing is kept that is not a statistic.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from secondary_sinks.errors import InputError, ModelError
+from secondary_sinks.models.host import (
+    HostInfo,
+    Site,
+    UserHook,
+    check_residual_identity,
+    describe,
+    has_site,
+    layer_sites,
+    observe,
+)
+from secondary_sinks.models.text import Text, TokenizedText, is_many, pad, tokenize
+from secondary_sinks.observe.collectors import Collector, Run
+from secondary_sinks.storage import load_record, save_record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Trace(Mapping[str, Any]):
+    """What the collectors found in one text, by collector name."""
+
+    tokens: Int[Tensor, "token"]
+    token_strings: tuple[str, ...]
+    host: HostInfo
+    results: dict[str, Any]
+    chat: bool = False
+    """Whether the tokens came out of a chat template."""
+
+    def __getitem__(self, key: str) -> Any:
+        return self.results[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __repr__(self) -> str:
+        found = ", ".join(self.results)
+        return f"Trace({self.host.name!r}, {len(self.tokens)} tokens: {found})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per (layer, token), with a column for every result that has both.
+
+        Results by head are averaged over heads; fields of result objects become
+        `name.field` columns.
+        """
+        import pandas as pd
+
+        n_layers, n_tokens = self.host.n_layers, len(self.tokens)
+        layer, token = torch.meshgrid(
+            torch.arange(n_layers), torch.arange(n_tokens), indexing="ij"
+        )
+        columns: dict[str, Any] = {
+            "layer": layer.flatten().numpy(),
+            "position": token.flatten().numpy(),
+            "token": list(self.token_strings) * n_layers,
+        }
+        for name, value in _tensors(self.results):
+            if value.ndim == 3 and value.shape[0] == n_layers and value.shape[2] == n_tokens:
+                value = value.float().mean(dim=1)
+            if value.shape == (n_layers, n_tokens):
+                columns[name] = value.flatten().numpy()
+        return pd.DataFrame(columns)
+
+    def save(self, path: str | Path) -> Path:
+        """Write every tensor result to one safetensors file; see `load`."""
+        record = {"chat": self.chat, "token_strings": self.token_strings}
+        record["host"] = dataclasses.asdict(self.host)
+        tensors = {"tokens": self.tokens} | dict(_tensors(self.results))
+        return save_record(path, "Trace", tensors, record)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read what `save` wrote; fields of result objects come back as `name.field` tensors."""
+        tensors, record = load_record(path, "Trace")
+        host = record["host"] | {"processing": tuple(record["host"]["processing"])}
+        tokens = tensors.pop("tokens")
+        strings = tuple(record["token_strings"])
+        return cls(tokens, strings, HostInfo(**host), tensors, record["chat"])
+
+
+@overload
+def trace(model: Any, text: str, collectors: Sequence[Collector], **kwargs: Any) -> Trace: ...
+@overload
+def trace(
+    model: Any, text: Text, collectors: Sequence[Collector], **kwargs: Any
+) -> Trace | list[Trace]: ...
+def trace(
+    model: Any,
+    text: Text,
+    collectors: Sequence[Collector],
+    *,
+    chat: bool = False,
+    prepend_bos: bool | None = None,
+    max_tokens: int | None = None,
+    attention_mask: Int[Tensor, "batch token"] | None = None,
+    batch_size: int = 1,
+    fwd_hooks: Sequence[UserHook] = (),
+    progress: bool | None = None,
+) -> Trace | list[Trace]:
+    """Run the model once over each text and collect statistics of its activations.
+
+    Hooks that are already on the model stay, and what they change is what the collectors see; the
+    hooks that this call adds are gone when it ends, also when it raises. The model's mode and
+    weights are not touched and no gradient is kept.
+
+    Args:
+        model: any TransformerLens model (`TransformerBridge`, `HookedTransformer`).
+        text: a string, a list of strings, a conversation, token ids, or a list of token tensors;
+            see `secondary_sinks.models.text.tokenize` for these and the next four arguments.
+        collectors: what to keep; see `secondary_sinks.observe.collectors`. They are settings only:
+            a copy of each works on each text.
+        chat: wrap each string in the model's chat template.
+        prepend_bos: None keeps the tokenizer's own convention.
+        max_tokens: cut each text after this many tokens.
+        attention_mask: marks the padding of a padded token tensor.
+        batch_size: texts in one forward pass, padded on the right. It changes speed and memory,
+            not the results.
+        fwd_hooks: further `(hook name, function)` pairs for these passes, for example to intervene.
+        progress: show a progress bar; None shows one for more than one batch.
+
+    Returns:
+        One `Trace` for one text, a list of them, in order, for several.
+
+    Raises:
+        InputError: unusable text, collectors or arguments.
+        ModelError: the model lacks a site, a hook did not fire as it should, the residual identity
+            does not hold, or an activation is NaN or infinite (the first such layer is named).
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be 1 or more")
+    info = describe(model)
+    _check_collectors(model, collectors, info)
+    texts = tokenize(
+        model,
+        text,
+        chat=chat,
+        prepend_bos=prepend_bos,
+        max_tokens=max_tokens,
+        attention_mask=attention_mask,
+    )
+    check_residual_identity(model)
+    # Texts of similar length share a batch, so that little of it is padding.
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    show = len(batches) > 1 if progress is None else progress
+    traces: dict[int, Trace] = {}
+    for batch in tqdm(batches, desc="forward passes", disable=not show):
+        found = _trace_batch(model, info, [texts[index] for index in batch], collectors, fwd_hooks)
+        traces.update(zip(batch, found, strict=True))
+    in_order = [traces[index] for index in range(len(texts))]
+    return in_order if is_many(text) else in_order[0]
+
+
+def _trace_batch(
+    model: Any,
+    info: HostInfo,
+    texts: Sequence[TokenizedText],
+    collectors: Sequence[Collector],
+    fwd_hooks: Sequence[UserHook],
+) -> list[Trace]:
+    workers = [[copy.deepcopy(collector) for collector in collectors] for _ in texts]
+    for text, own in zip(texts, workers, strict=True):
+        run = Run(info.n_layers, info.n_heads, len(text), info.d_model, text.tokens)
+        for collector in own:
+            collector.start(run)
+    readers: dict[Site, list[int]] = defaultdict(list)
+    for site in layer_sites(["resid_post"], info.n_layers):
+        readers[site] = []  # always read, so that a NaN is found where it arises
+    for index, collector in enumerate(collectors):
+        for site in layer_sites(collector.sites, info.n_layers):
+            readers[site].append(index)
+
+    def observer(site: Site, indices: list[int]) -> Any:
+        def take(activation: Tensor) -> None:
+            for row, text in enumerate(texts):
+                own = _without_padding(activation[row], site, len(text))
+                if site.name == "resid_post":
+                    _check_finite(own, info, site.layer)
+                for index in indices:
+                    workers[row][index].update(site.name, site.layer, own)
+
+        return take
+
+    tokens, mask = pad(texts)
+    observers = {site: observer(site, indices) for site, indices in readers.items()}
+    observe(model, tokens, mask, observers, fwd_hooks=fwd_hooks)
+    return [
+        Trace(
+            tokens=text.tokens,
+            token_strings=text.token_strings,
+            host=info,
+            results={_name(collector): collector.result() for collector in own},
+            chat=text.chat,
+        )
+        for text, own in zip(texts, workers, strict=True)
+    ]
+
+
+def _without_padding(activation: Tensor, site: Site, n_tokens: int) -> Tensor:
+    if site.name in ("pattern", "attn_scores"):
+        return activation[:, :n_tokens, :n_tokens]
+    return activation[:n_tokens]
+
+
+def _check_finite(residual: Tensor, info: HostInfo, layer: int | None) -> None:
+    # The sum is NaN or infinite if any entry is: one reduction instead of a mask.
+    if not torch.isfinite(residual.float().sum()) and not torch.isfinite(residual).all():
+        bad = (~torch.isfinite(residual)).any(dim=-1).nonzero()[0].item()
+        raise ModelError(
+            f"the residual stream of {info.name!r} is NaN or infinite after layer {layer}, first "
+            f"at position {bad}; in float16 large residuals overflow (load with "
+            "dtype=torch.bfloat16 or float32), otherwise the weights or a hook are broken"
+        )
+
+
+def _check_collectors(model: Any, collectors: Sequence[Collector], info: HostInfo) -> None:
+    if not collectors:
+        raise InputError("no collectors: say what to keep, for example [SinkScores()]")
+    names = [_name(collector) for collector in collectors]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise InputError(f"two collectors are named {sorted(twice)[0]!r}; give one another `name`")
+    for collector in collectors:
+        for site in layer_sites(collector.sites, info.n_layers):
+            if not has_site(model, site):
+                raise ModelError(
+                    f"{_name(collector)} reads {site.name!r}, which {info.name!r} does not have "
+                    f"in layer {site.layer}: leave this collector out for this model"
+                )
+
+
+def _name(collector: Collector) -> str:
+    return collector.name or type(collector).__name__
+
+
+def _tensors(results: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in results.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                entry = getattr(value, field.name)
+                if isinstance(entry, Tensor):
+                    yield f"{name}.{field.name}", entry
