@@ -248,7 +248,10 @@ def list_models() -> list[ModelAlias]:
 def nearest_aliases(name: str, count: int = 3) -> list[str]:
     """The aliases that look most like `name`, best first; empty when none comes close.
 
-    A hub id is compared by its repository name as well, so that `Qwen/Qwen3-4b` finds `qwen3-4b`.
+    Repository names count as well, so that `SmolLM2-135M-Instruct` finds `smollm2-135m`.
     """
+    known = {alias.source.rsplit("/", 1)[-1].lower(): alias.name for alias in ALIASES.values()}
+    known |= {alias: alias for alias in ALIASES}
     wanted = name.lower().rsplit("/", 1)[-1]
-    return difflib.get_close_matches(wanted, ALIASES, n=count, cutoff=0.55)
+    near = difflib.get_close_matches(wanted, known, n=2 * count, cutoff=0.55)
+    return list(dict.fromkeys(known[found] for found in near))[:count]

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 from secondary_sinks.errors import LoadError, ModelError
 from secondary_sinks.models.aliases import ALIASES
+from secondary_sinks.models.aliases import list_models as list_models
 from secondary_sinks.models.convert import converted_folder, quiet_transformers
 from secondary_sinks.models.fetch import cache_folder, did_you_mean, fetch, file_sha256
 
