@@ -385,6 +385,7 @@ def _wrap(name: str, hf: Any, tokenizer: Any, kind: str, progress: bool) -> Any:
 
             model = to_hooked(hf, tokenizer, place.device, place.dtype)
             model.cfg.model_name = name
+            _follow_tokenizer(model, tokenizer)
             return model
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -396,8 +397,19 @@ def _wrap(name: str, hf: Any, tokenizer: Any, kind: str, progress: bool) -> Any:
             raise ModelError(
                 f"TransformerLens cannot wrap {name} ({type(hf).__name__}): {error}"
             ) from error
+    _follow_tokenizer(model, tokenizer)
     model.eval()
     return model
+
+
+def _follow_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Let `to_tokens` put a BOS token in front of a text if, and only if, the tokenizer does.
+
+    TransformerLens always does by default. A model that never saw it there (Qwen2.5, SmolLM2) then
+    has a first token that is unlike any of its training, and may have no primary sink at all.
+    """
+    ids = tokenizer("a").input_ids
+    model.cfg.default_prepend_bos = tokenizer.bos_token_id in ids[:1]
 
 
 @contextmanager
