@@ -1,0 +1,145 @@
+"""Tiny random models of many families, and the real models, for all tests."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
+LLAMA_LIKE = SIZE | {
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+WINDOW = {"sliding_window": 8}
+
+# Family -> (configuration class, its arguments). Windows are shorter than the texts of the tests.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": (
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 64, "n_positions": 128},
+    ),
+    "neox": ("GPTNeoXConfig", SIZE | {"intermediate_size": 64, "max_position_embeddings": 128}),
+    "llama": ("LlamaConfig", LLAMA_LIKE),
+    "qwen2": ("Qwen2Config", LLAMA_LIKE),
+    "qwen3": ("Qwen3Config", LLAMA_LIKE | {"head_dim": 8}),
+    "mistral": ("MistralConfig", LLAMA_LIKE | WINDOW),
+    "gemma2": ("Gemma2Config", LLAMA_LIKE | WINDOW | {"head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", LLAMA_LIKE | WINDOW | {"head_dim": 8}),
+    "phi3": ("Phi3Config", LLAMA_LIKE | {"pad_token_id": 0}),
+    "olmo2": ("Olmo2Config", LLAMA_LIKE),
+    "gpt-oss": (
+        "GptOssConfig",
+        LLAMA_LIKE
+        | WINDOW
+        | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "mixtral": ("MixtralConfig", LLAMA_LIKE | {"num_local_experts": 4}),
+}
+
+
+def build_hf(family: str, seed: int = 0) -> Any:
+    """A tiny Hugging Face model of `family` with random weights, larger than the usual
+    initialisation so that attention is not uniform."""
+    import transformers
+
+    name, arguments = FAMILIES[family]
+    token_ids = {"bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, name)(**(token_ids | arguments))
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.3)
+    torch.random.set_rng_state(state)
+    model.config.architectures = [type(model).__name__]
+    return model.float().eval()
+
+
+def build_tokenizer(size: int = 64) -> Any:
+    """A tokenizer of `size` words ("w0" ... ), one token each, with no special tokens added."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<bos>": 1, "<eos>": 2} | {f"w{n}": n for n in range(3, size)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        name_or_path="tiny",
+    )
+
+
+def bridge(hf: Any) -> Any:
+    """A Hugging Face model in a TransformerBridge, with raw weights."""
+    import secondary_sinks as ss
+
+    return ss.load_model(hf, tokenizer=build_tokenizer(), progress=False)
+
+
+@functools.cache
+def _tiny(family: str) -> Any:
+    return bridge(build_hf(family))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str], Any]:
+    """Family name -> tiny random model in a bridge, made once."""
+    return _tiny
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[..., Any]:
+    """Family name -> a tiny model of one's own, to be changed at will."""
+    return lambda family, seed=0: bridge(build_hf(family, seed))
+
+
+@pytest.fixture(scope="session")
+def hf_model() -> Callable[..., Any]:
+    """Family name -> a tiny Hugging Face model."""
+    return build_hf
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def qwen() -> Any:
+    """Qwen2.5-Coder-0.5B-Instruct, from the package index or the cache."""
+    import secondary_sinks as ss
+
+    return ss.load_model("qwen2.5-coder-0.5b")
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Any:
+    """SmolLM2-135M-Instruct, from the package index or the cache."""
+    import secondary_sinks as ss
+
+    return ss.load_model("smollm2-135m")
+
+
+def random_tokens(n: int, *, rows: int | None = None, seed: int = 0) -> torch.Tensor:
+    """Random token ids of the tiny models."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n,) if rows is None else (rows, n)
+    return torch.randint(3, 64, shape, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def tokens_of() -> Callable[..., torch.Tensor]:
+    """Random token ids of the tiny models."""
+    return random_tokens
