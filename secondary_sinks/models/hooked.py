@@ -64,6 +64,8 @@ def to_hooked(hf: Any, tokenizer: Any, device: Any, dtype: torch.dtype) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # left by GGUF files, whose weights are dequantised
     config.architectures = [type(hf).__name__]
+    if hasattr(config, "n_positions") and not hasattr(config, "n_ctx"):
+        config.n_ctx = config.n_positions  # an old name in GPT-2's files, which is what is read
     try:
         model = _convert(hf, config, tokenizer, device, dtype)
     except Exception as error:

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from secondary_sinks.errors import LoadError, ModelError
 from secondary_sinks.models.aliases import ALIASES
 from secondary_sinks.models.aliases import list_models as list_models
-from secondary_sinks.models.convert import converted_folder, quiet_transformers
+from secondary_sinks.models.convert import converted_folder, one_line, quiet_transformers
 from secondary_sinks.models.fetch import cache_folder, did_you_mean, fetch, file_sha256
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _check_folder(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise LoadError(
-                f"{path} is truncated or damaged ({error}). Copy or download it again."
+                f"{path} is truncated or damaged ({one_line(error)}). Copy or download it again."
             ) from error
 
 
@@ -245,8 +245,8 @@ def _explained(source: str, error: Exception, options: dict[str, Any]) -> LoadEr
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
     names = {type(cause).__name__ for cause in causes}
-    text = str(error)
-    if "trust_remote_code" in text:
+    text = one_line(error)
+    if "trust_remote_code" in str(error):
         return LoadError(
             f"{source!r} wants to run modelling code of its own. If you have read it and trust "
             "it, pass trust_remote_code=True."
@@ -301,8 +301,8 @@ def _read(
             )
     except SafetensorError as error:
         raise LoadError(
-            f"A safetensors file of {folder} is truncated or damaged ({error}). Copy or download "
-            "it again."
+            f"A safetensors file of {folder} is truncated or damaged ({one_line(error)}). Copy or "
+            "download it again."
         ) from error
     # transformers fills absent weights with random numbers and only warns.
     if absent := sorted(report["missing_keys"]):
@@ -322,7 +322,7 @@ def _read_tokenizer(folder: str, options: dict[str, Any]) -> Any:
         # The failures are of many types: OSError, ValueError, a TypeError on a missing file, ...
         raise LoadError(
             f"{folder} has no tokenizer that transformers can read (tokenizer.json and "
-            f"tokenizer_config.json): {error} Copy these files there, or pass "
+            f"tokenizer_config.json): {one_line(error)}. Copy these files there, or pass "
             "tokenizer=AutoTokenizer.from_pretrained(...) with the tokenizer that the model was "
             "trained with."
         ) from error
