@@ -183,21 +183,29 @@ class PlantedModel:
         words = self.tokenizer.convert_ids_to_tokens(self.tokens(n, seed=seed)[0, 1:].tolist())
         return " ".join(words)
 
-    def load(self, kind: Literal["bridge"] = "bridge") -> Any:
-        """The same weights as a `TransformerBridge` on the CPU; `hf` itself stays as it is.
+    def load(self, kind: Literal["bridge", "hooked"] = "bridge") -> Any:
+        """A copy of the model in TransformerLens, on the CPU.
 
-        Raises `InputError` for another `kind`.
+        "bridge" is a `TransformerBridge`, "hooked" a `HookedTransformer`, which only
+        TransformerLens 3 has (`ModelError` in later ones). Raises `InputError` for another `kind`.
         """
-        if kind != "bridge":
-            raise InputError(f"kind={kind!r}; expected 'bridge'")
-        from transformer_lens.model_bridge import TransformerBridge
+        hf, tokenizer = copy.deepcopy((self.hf, self.tokenizer))  # a bridge changes what it wraps
+        model: Any
+        if kind == "bridge":
+            from transformer_lens.model_bridge import TransformerBridge
 
-        return TransformerBridge.boot_transformers(
-            "planted",
-            hf_model=copy.deepcopy(self.hf),  # the bridge changes the model that it is given
-            tokenizer=copy.deepcopy(self.tokenizer),
-            device="cpu",
-        )
+            model = TransformerBridge.boot_transformers(
+                "planted", hf_model=hf, tokenizer=tokenizer, device="cpu"
+            )
+        elif kind == "hooked":
+            from secondary_sinks.models.hooked import to_hooked
+
+            model = to_hooked(hf, tokenizer, "cpu", torch.float32)
+        else:
+            raise InputError(f"kind={kind!r}; expected 'bridge' or 'hooked'")
+        # For Qwen2, TransformerLens strips `<bos>` from texts: trained Qwen2 models have none.
+        model.cfg.default_prepend_bos = True
+        return model
 
 
 def planted_model(
@@ -231,7 +239,7 @@ def planted_model(
         to the last layer but one.
     secondary:
         Secondary sinks. Default: tokens 9 and 17, written at a third of the depth; the second has
-        two feeders. Pass `()` for none.
+        two feeders (needs 5 layers or more). Pass `()` for none.
     primary_positions:
         1, or 2 for two primary tokens (`<bos> <bos2>`), written by the same MLP.
     common, common_alignment:

@@ -123,7 +123,7 @@ def _check_shape(plan: PlantedPlan) -> None:
     _refuse(
         plan.n_kv_heads < 1 or plan.n_heads % plan.n_kv_heads != 0, "n_kv_heads must divide n_heads"
     )
-    _refuse(not 0 <= plan.noise <= 3, f"noise={plan.noise}; between 0 and 3")
+    _refuse(not 0 <= plan.noise <= 2, f"noise={plan.noise}; between 0 and 2")
     _refuse(not 0 <= plan.common <= 100, f"common={plan.common}; between 0 and 100")
     _refuse(
         not 0 <= plan.common_alignment <= 0.95,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -258,13 +259,16 @@ def test_without_its_eraser_a_sink_lives_on(seed: int):
 # --- the model as an object ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["bridge", "hooked"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_the_bridge_computes_the_same_residuals(architecture: str):
+def test_transformer_lens_computes_the_same_residuals(architecture: str, kind: str):
+    if kind == "hooked" and version("transformer-lens") >= "4":
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
     model = planted_model(architecture=architecture, aligned_decoys=[30], common=10.0)
     tokens = model.tokens(64)
     before = {name: p.clone() for name, p in model.hf.state_dict().items()}
-    bridge = model.load("bridge")
-    _, cache = bridge.run_with_cache(tokens)
+    loaded = model.load(kind)
+    _, cache = loaded.run_with_cache(tokens)
     resid, patterns, _ = run(model, tokens)
     for layer in range(model.plan.n_layers):
         seen = cache[f"blocks.{layer}.hook_resid_post"][0] - model.common
@@ -273,7 +277,7 @@ def test_the_bridge_computes_the_same_residuals(architecture: str):
             cache[f"blocks.{layer}.attn.hook_pattern"][0], patterns[layer], rtol=1e-4, atol=1e-5
         )
     assert all(torch.equal(p, before[name]) for name, p in model.hf.state_dict().items())
-    assert torch.equal(bridge.to_tokens(model.text(64)), tokens)
+    assert torch.equal(loaded.to_tokens(model.text(64)), tokens)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
@@ -360,12 +364,11 @@ def test_inconsistent_sinks_are_refused(changes: dict, message: str):
         ({"architecture": "gpt2"}, "gpt2"),
         ({"primary_positions": 3}, "primary_positions"),
         ({"common_alignment": 0.99}, "common_alignment"),
-        ({"common": 100.0, "common_alignment": 0.95, "secondary": [SINK]}, None),
         ({"common": 100.0, "secondary": [dataclasses.replace(SINK, norm=20.0)]}, "common"),
         ({"noise": -1.0}, "noise"),
     ],
 )
-def test_inconsistent_models_are_refused(arguments: dict, message: str | None):
+def test_inconsistent_models_are_refused(arguments: dict, message: str):
     if "phases" in arguments:
         arguments = {"secondary": [], **arguments}
     with pytest.raises(InputError, match=message):
@@ -384,4 +387,4 @@ def test_texts_without_a_truth_are_refused():
     with pytest.raises(InputError, match="least"):
         model.tokens(10)
     with pytest.raises(InputError, match="kind"):
-        model.load("hooked")
+        model.load("other")
