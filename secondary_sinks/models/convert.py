@@ -133,7 +133,7 @@ def _write_folder(gguf: Path, folder: Path, digest: str, progress: bool) -> None
         with nullcontext() if progress else redirect_stderr(io.StringIO()):
             model, tokenizer = _read_gguf(gguf)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save_tokenizer(tokenizer, folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     record = {
         "source": {"sha256": digest, "bytes": gguf.stat().st_size, "name": gguf.name},
@@ -147,6 +147,29 @@ def _write_folder(gguf: Path, folder: Path, digest: str, progress: bool) -> None
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     for name in files:  # safetensors writes files that nobody else can read
         (folder / name).chmod((folder / RECORD).stat().st_mode)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer, with the normaliser of its class where that class is the right one.
+
+    A GGUF file names a rule for cutting text but no normaliser. When the class that transformers
+    picks for the model cuts by the same rule, the tokenizer is that class's, and so is its
+    normaliser (Qwen2 composes accents, which the file alone would not).
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(folder)
+    usual = AutoTokenizer.from_pretrained(folder)
+    if _rules(usual, "pre_tokenizer") == _rules(tokenizer, "pre_tokenizer") and not _rules(
+        tokenizer, "normalizer"
+    ):
+        usual.save_pretrained(folder)
+
+
+def _rules(tokenizer: Any, part: str) -> Any:
+    if not tokenizer.is_fast:
+        return None
+    return json.loads(tokenizer.backend_tokenizer.to_str())[part]
 
 
 def _is_installed(package: str) -> bool:

@@ -31,6 +31,7 @@ from secondary_sinks.models.aliases import ALIASES
 from secondary_sinks.models.aliases import list_models as list_models
 from secondary_sinks.models.convert import converted_folder, one_line, quiet_transformers
 from secondary_sinks.models.fetch import cache_folder, did_you_mean, fetch, file_sha256
+from secondary_sinks.models.tokenizer import kept_as_it_is, read_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -288,7 +289,7 @@ def _read(
         config = AutoConfig.from_pretrained(folder, **options)
     _check_causal(name, config, (config.architectures or [None])[0])
     # The tokenizer first: its absence should not cost the time of loading the weights.
-    tokenizer = _read_tokenizer(folder, options) if with_tokenizer else None
+    tokenizer = read_tokenizer(folder, options) if with_tokenizer else None
     try:
         with _hub_errors(folder, options):
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -311,21 +312,6 @@ def _read(
             f"example {absent[0]}."
         )
     return model, tokenizer
-
-
-def _read_tokenizer(folder: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, **options)
-    except Exception as error:
-        # The failures are of many types: OSError, ValueError, a TypeError on a missing file, ...
-        raise LoadError(
-            f"{folder} has no tokenizer that transformers can read (tokenizer.json and "
-            f"tokenizer_config.json): {one_line(error)}. Copy these files there, or pass "
-            "tokenizer=AutoTokenizer.from_pretrained(...) with the tokenizer that the model was "
-            "trained with."
-        ) from error
 
 
 def _in_memory(model: Any, tokenizer: Any) -> tuple[str, Any, None]:
@@ -379,7 +365,7 @@ def _wrap(name: str, hf: Any, tokenizer: Any, kind: str, progress: bool) -> Any:
     if not hf.config.architectures:
         hf.config.architectures = [type(hf).__name__]
     place = next(hf.parameters())
-    with quiet_transformers(progress), _kept_as_it_is(tokenizer):
+    with quiet_transformers(progress), kept_as_it_is(tokenizer):
         if kind == "hooked":
             from secondary_sinks.models.hooked import to_hooked
 
@@ -410,21 +396,3 @@ def _follow_tokenizer(model: Any, tokenizer: Any) -> None:
     """
     ids = tokenizer("a").input_ids
     model.cfg.default_prepend_bos = tokenizer.bos_token_id in ids[:1]
-
-
-@contextmanager
-def _kept_as_it_is(tokenizer: Any) -> Iterator[None]:
-    """Within the block TransformerLens takes the tokenizer as it is.
-
-    It would otherwise load a second one, by name, that puts a BOS token before every text, also
-    where the model's own tokenizer does not (GPT-2, SmolLM2). A mark that the BOS has been seen
-    to stops that, without changing a single token.
-    """
-    before = dict(tokenizer.init_kwargs)
-    tokenizer.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path)
-    tokenizer.init_kwargs["add_bos_token"] = True
-    try:
-        yield
-    finally:
-        tokenizer.init_kwargs.clear()
-        tokenizer.init_kwargs.update(before)

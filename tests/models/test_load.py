@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 
 import gguf
 import numpy
@@ -20,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -138,6 +141,17 @@ def test_a_tokenizer_of_the_users_replaces_the_folders(folder):
     assert model.tokenizer(TEXT).input_ids == TOKENS[0].tolist()
 
 
+def test_the_folders_own_tokenizer_wins_over_the_usual_one_of_its_family(tmp_path):
+    # A Qwen2 model whose tokenizer is not Qwen2's, as the distilled DeepSeek-R1 models are.
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=10, **sizes, **heads)).save_pretrained(tmp_path)
+    tiny_tokenizer(adds_bos=True).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"Qwen2Tokenizer tokenises otherwise.*tokenizer\.json"):
+        model = load_model(tmp_path, progress=False)
+    assert model.tokenizer(TEXT).input_ids == TOKENS[0].tolist()
+
+
 def test_gpt2_is_loaded_too(tmp_path):
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
@@ -150,7 +164,9 @@ def test_gpt2_is_loaded_too(tmp_path):
 
 
 def test_an_alias_from_the_package_index_speaks():
-    model = load_model("smollm2-135m", device="cpu", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = load_model("smollm2-135m", device="cpu", progress=False)
     ids = model.tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert model.tokenizer.decode(logits_of(model, ids)[0, -1].argmax()) == " Paris"
     assert model.cfg.n_layers == 30
@@ -252,6 +268,23 @@ def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(LoadError, match=r'pip install "secondary_sinks\[gguf\]"'):
         load_model(path, cache_dir=tmp_path / "cache", progress=False)
+
+
+def test_a_gguf_tokenizer_gets_its_normaliser_back_where_it_is_known(tmp_path):
+    from transformers import Qwen2Tokenizer
+
+    from secondary_sinks.models.convert import _save_tokenizer
+
+    Qwen2Config(vocab_size=10).save_pretrained(tmp_path)
+    tokenizer = Qwen2Tokenizer(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[])
+    usual = tokenizer.backend_tokenizer.pre_tokenizer
+    written = {}
+    for case, rule in {"its own": usual, "another": pre_tokenizers.Whitespace()}.items():
+        tokenizer.backend_tokenizer.normalizer = None  # as a GGUF file leaves it
+        tokenizer.backend_tokenizer.pre_tokenizer = rule
+        _save_tokenizer(tokenizer, tmp_path)
+        written[case] = json.loads((tmp_path / "tokenizer.json").read_text())["normalizer"]
+    assert written == {"its own": {"type": "NFC"}, "another": None}
 
 
 # -- refusals -------------------------------------------------------------------------------------
