@@ -18,10 +18,13 @@ rotated by one random orthogonal matrix, so that nothing planted sits on a singl
 The sink direction is `s = a * common + sqrt(1 - a^2) * sink` with `a` the alignment of the common
 component, so a key that reads only the sink axis is blind to what all tokens share.
 
-**A writer is one neuron.** Its gate reads `trigger - threshold * const`; both terms shrink alike
-under RMSNorm, so the *sign* of the gate does not depend on the norm of the token. With the gain
-chosen so that the gate is +200 when on, `silu(gate)` is linear there and exactly 0 in float32 for
-an ordinary token. The output weight is solved for the normalised input that really arrives.
+**A writer is two neurons.** The gate of the first reads `trigger - 0.4 * const`, that of the second
+`trigger - 0.7 * const` (in units of the complete trigger), and they write opposite vectors: where
+both are on, their sum depends on the trigger no more, so an inexact feeder leaves the sink exact.
+Trigger and constant shrink alike under RMSNorm, so the *sign* of a gate does not depend on the norm
+of the token. With the gain chosen so that a gate that is on has 200 or more, `silu(gate)` is linear
+there and exactly 0 in float32 for an ordinary token. The output weights are solved for the
+normalised input that really arrives.
 
 **An eraser** must not fire for a token whose writer was ablated (it would make an anti-sink), and
 must end a transplanted sink as well. So it reads nothing of the token, only what was written: a
@@ -142,25 +145,28 @@ class Layout:
 
 @dataclass(frozen=True)
 class Write:
-    """One neuron of `layer`: writes `vector` where `token`'s feature on `axis` is on."""
+    """Two neurons of `layer`: write `vector` where `token`'s feature on `axis` is complete."""
 
     layer: int
     token: int
     axis: int
-    threshold: float
-    """Least size of the feature, in units of the constant coordinate."""
     vector: Float[Tensor, " d_model"]
+    parts: int = 1
+    """Number of equal parts that the feature is made of; all of them must be present."""
+    n_neurons = 2
 
     def neurons(
         self, layout: Layout, mid: Float[Tensor, "row d_model"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up [neuron, d_model] and down [d_model, neuron] for this token's inputs `mid`."""
-        x = normalised(mid)
-        gate = layout.unit(self.axis) - self.threshold * layout.unit(layout.const)
-        gate = gate * (GATE / (x @ gate).mean())
-        up = layout.unit(layout.const)
-        activation = (functional.silu(x @ gate) * (x @ up)).mean()
-        return gate[None], up[None], (self.vector / activation)[:, None]
+        x, const = normalised(mid), layout.unit(layout.const)
+        thresholds = TRIGGER * (1 - torch.tensor([[0.6], [0.3]]).double() / self.parts)
+        gate = layout.unit(self.axis) - thresholds * const
+        gate = gate * (GATE / (x @ gate[1]).mean())
+        up = const.expand_as(gate)
+        sign = torch.tensor([1.0, -1.0]).double()
+        activation = ((functional.silu(x @ gate.T) * (x @ up.T)) @ sign).mean()
+        return gate, up, self.vector[:, None] * sign / activation
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,7 @@ def circuits(plan: PlantedPlan, layout: Layout) -> list[Write | Erase]:
         tag = layout.phase_tags.get(phase.start)
         vector = layout.marked(phase.norm, tag, TAG)
         for token in plan.primary_tokens:
-            parts.append(Write(phase.start, token, layout.triggers[token], TRIGGER / 2, vector))
+            parts.append(Write(phase.start, token, layout.triggers[token], vector))
         if tag is not None:
             parts.append(Erase(phase.end, plan.primary_tokens[0], tag, vector, dosed=False))
     for sink in plan.secondary:
@@ -227,20 +233,17 @@ def circuits(plan: PlantedPlan, layout: Layout) -> list[Write | Erase]:
         vector = layout.marked(sink.norm, tag, TAG)
         trigger, feed = layout.triggers[sink.token], layout.feeds.get(sink.token)
         if feed is None:
-            parts.append(Write(sink.writer, sink.token, trigger, TRIGGER / 2, vector))
+            parts.append(Write(sink.writer, sink.token, trigger, vector))
         else:
             count = len(sink.feeders)
             part = layout.unit(feed) * TRIGGER / count
-            parts += [Write(f, sink.token, trigger, TRIGGER / 2, part) for f in sink.feeders]
-            # Half a part short of the whole: missing any one of them, the gate is at -200.
-            threshold = TRIGGER * (count - 0.5) / count
-            parts.append(Write(sink.writer, sink.token, feed, threshold, vector))
+            parts += [Write(feeder, sink.token, trigger, part) for feeder in sink.feeders]
+            parts.append(Write(sink.writer, sink.token, feed, vector, parts=count))
         if tag is not None:
             parts.append(Erase(sink.end, sink.token, tag, vector, dosed=True))
     for token in plan.aligned_decoys:
         vector = layout.marked(plan.aligned_decoy_norm, layout.shy, SHY)
-        start = plan.phases[0].start
-        parts.append(Write(start, token, layout.triggers[token], TRIGGER / 2, vector))
+        parts.append(Write(plan.phases[0].start, token, layout.triggers[token], vector))
     return parts
 
 
@@ -394,7 +397,7 @@ def n_neurons(plan: PlantedPlan, layout: Layout) -> int:
     """Width of the MLPs: the most neurons that any layer needs."""
     needed = [NOISE_NEURONS] * plan.n_layers
     for part in circuits(plan, layout):
-        needed[part.layer] += part.n_neurons if isinstance(part, Erase) else 1
+        needed[part.layer] += part.n_neurons
     return max(needed)
 
 

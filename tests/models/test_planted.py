@@ -21,7 +21,7 @@ from secondary_sinks.models.planted import (
     random_planted,
 )
 
-SEEDS = range(20)
+SEEDS = range(16)
 Edit = Callable[[Tensor], Tensor]
 
 
@@ -114,7 +114,7 @@ def test_residuals_are_sinks_exactly_where_the_truth_says(seed: int, n: int):
     usual = norm[:, ordinary(model, tokens)].median(dim=1).values[:, None]
 
     on = planted > 0
-    torch.testing.assert_close(norm[on], planted[on], rtol=0.02, atol=0)
+    torch.testing.assert_close(norm[on], planted[on], rtol=0.015, atol=0)
     assert cosine[on].min() > 0.98
     decoys = torch.isin(tokens[0], torch.tensor([*model.plan.aligned_decoys, -1]))
     large = torch.isin(tokens[0], torch.tensor([*model.plan.large_decoys, -1]))
@@ -178,7 +178,7 @@ def first_sink(model: PlantedModel, tokens: Tensor) -> PlantedOccurrence:
 
 
 with_secondary = pytest.mark.parametrize(
-    "seed", [seed for seed in range(26) if drawn(seed).plan.secondary]
+    "seed", [seed for seed in range(20) if drawn(seed).plan.secondary]
 )
 
 
