@@ -1,7 +1,7 @@
 """Results on disk: one safetensors file, with everything that is not a tensor in its header.
 
-A file is written beside its place and moved there, so that a reader, or a crash, never meets half of
-one.
+A file is written beside its place and moved there, so that a reader, or a crash, never meets half
+of one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
+        )
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
     os.close(handle)

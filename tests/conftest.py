@@ -34,9 +34,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", LLAMA_LIKE),
     "gpt-oss": (
         "GptOssConfig",
-        LLAMA_LIKE
-        | WINDOW
-        | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        LLAMA_LIKE | WINDOW | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "mixtral": ("MixtralConfig", LLAMA_LIKE | {"num_local_experts": 4}),
 }

@@ -6,9 +6,10 @@ A token is a sink after block l if, at the same time,
   common component (the mean residual of ordinary tokens), so that a direction that all tokens share
   makes nobody a sink;
 * *magnitude*: what it has beyond the common component is larger than the median token's;
-* *attention*: over that life, later tokens look at it much more than at ordinary tokens nearby.
-  "Nearby" matters: early tokens are seen by queries with little else to look at, late ones by their
-  neighbours, so each is compared with ordinary tokens of about the same position.
+* *attention*: over that life, later tokens look at it much more than at ordinary tokens nearby,
+  in the heads that look at the primary. "Nearby" matters: early tokens are seen by queries with little
+  else to look at, late ones by their neighbors. "In the heads that look at the primary" matters as
+  well: the sink direction is read by some heads only, and the others would drown them.
 
 All of it happens inside a *primary phase*: a run of layers in which the primary token is massive,
 keeps its direction from one layer to the next, and itself draws attention. A model may have several
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 DEFAULTS: dict[str, float | int] = {
     "min_alignment": 0.9,
     "min_norm_ratio": 1.5,
-    "min_attention_ratio": 4.0,
+    "min_attention_ratio": 3.0,
     "min_primary_ratio": 3.0,
     "min_queries": 8,
 }
@@ -52,8 +53,8 @@ DEFAULTS: dict[str, float | int] = {
 * `min_alignment`: the paper's 0.9, here without the common component. It asks that the vector
   written along the sink direction be about twice as long as everything else the token has.
 * `min_norm_ratio`: norm over the median token's, both without the common component.
-* `min_attention_ratio`: head-averaged sink score over that of ordinary tokens nearby. Ordinary
-  tokens stay below 3 (99 % of them); sinks begin at about 10.
+* `min_attention_ratio`: attention drawn over that of ordinary tokens nearby (`attention_ratio`).
+  Sinks of planted models begin at 14, decoys end at 0.2, ordinary tokens scatter around 1.
 * `min_primary_ratio`: norm ratio from which on the primary token counts as massive.
 * `min_queries`: tokens with fewer later queries are not used as examples of ordinary attention and
   have no sink score of their own.
@@ -61,6 +62,9 @@ DEFAULTS: dict[str, float | int] = {
 
 N_NEIGHBORS = 32
 """Ordinary tokens nearby that make the attention baseline of a token."""
+
+PRIMARY_SHARE = 0.25
+"""A candidate is the primary only if its norm ratio is this share of the largest one's or more."""
 
 
 @dataclass(frozen=True)
@@ -119,44 +123,91 @@ def detect(
         thresholds: all of `DEFAULTS`.
     """
     norm_ratio = geometry.centered_norm / _row_median(geometry.centered_norm)
-    index = _primary_index(geometry, norm_ratio, primary)
-    position = geometry.candidates[index]
-    centered = geometry.centered_alignment[index]
-    aligned = (centered >= thresholds["min_alignment"]) & (
-        norm_ratio >= thresholds["min_norm_ratio"]
-    )
-    persists = geometry.persistence[index] >= thresholds["min_alignment"]
-    massive = norm_ratio[:, position] >= thresholds["min_primary_ratio"]
-    runs = primary_runs(massive, persists)
-    attention = attention_ratio(
-        score, ordinary=~_in_runs(aligned, runs), min_queries=int(thresholds["min_queries"])
-    )
-    phases = tuple(
-        run
-        for run in runs
-        if _life_attention(attention, position, range(*run)) >= thresholds["min_attention_ratio"]
-    )
-    measured = _Measured(geometry, index, centered, norm_ratio, score, attention)
+    indices = range(len(geometry.candidates))
+    if primary is not None:
+        if primary not in geometry.candidates:
+            raise InputError(
+                f"primary={primary} is not among the candidate positions {geometry.candidates}"
+            )
+        indices = range(geometry.candidates.index(primary), geometry.candidates.index(primary) + 1)
+    views = [_View.of(geometry, norm_ratio, score, index, thresholds) for index in indices]
+    view = _choose_primary(views)
     sinks = []
-    for start, end in phases:
-        for token in range(centered.shape[1]):
-            for layers in lives(aligned[start:end, token], offset=start):
-                seen = _life_attention(attention, token, layers)
+    for start, end in view.phases:
+        for token in range(score.shape[2]):
+            for layers in lives(view.aligned[start:end, token], offset=start):
+                seen = _life_attention(view.attention, token, layers)
                 if not _is_looked_at(seen, token, layers, score, thresholds):
                     continue
                 kind: Kind = "primary" if layers[0] == start else "secondary"
-                evidence = measured.evidence(token, layers, seen)
+                evidence = _evidence(geometry, view, score, token, layers, seen)
                 sinks.append(
                     Sink(token, token_strings[token], tokens[token], kind, layers, evidence)
                 )
     return Detection(
-        primary_position=position,
-        phases=phases,
+        primary_position=view.position,
+        phases=view.phases,
         sinks=tuple(sorted(sinks, key=lambda sink: (sink.kind, sink.l_start, sink.position))),
-        alignment=geometry.alignment[index],
-        centered_alignment=centered,
-        attention_ratio=attention,
+        alignment=geometry.alignment[view.index],
+        centered_alignment=geometry.centered_alignment[view.index],
+        attention_ratio=view.attention,
     )
+
+
+@dataclass(frozen=True)
+class _View:
+    """The text as seen with one candidate for the primary."""
+
+    index: int
+    position: int
+    peak: float
+    aligned: Bool[Tensor, "layer token"]
+    attention: Float[Tensor, "layer token"]
+    phases: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(
+        cls,
+        geometry: Geometry,
+        norm_ratio: Tensor,
+        score: Tensor,
+        index: int,
+        thresholds: dict[str, float | int],
+    ) -> _View:
+        position = geometry.candidates[index]
+        aligned = (geometry.centered_alignment[index] >= thresholds["min_alignment"]) & (
+            norm_ratio >= thresholds["min_norm_ratio"]
+        )
+        persists = geometry.persistence[index] >= thresholds["min_alignment"]
+        massive = norm_ratio[:, position] >= thresholds["min_primary_ratio"]
+        runs = primary_runs(massive, persists)
+        ordinary = torch.ones(score.shape[2], dtype=torch.bool)
+        ordinary[position] = False
+        for start, end in runs:
+            ordinary &= ~aligned[start:end].any(dim=0)
+        attention = attention_ratio(
+            score, position, ordinary=ordinary, min_queries=int(thresholds["min_queries"])
+        )
+        least = thresholds["min_attention_ratio"]
+        phases = tuple(
+            run for run in runs if _life_attention(attention, position, range(*run)) >= least
+        )
+        # The last layer is left out: some models write large, unrelated vectors there.
+        inner = norm_ratio[:-1] if norm_ratio.shape[0] > 1 else norm_ratio
+        return cls(index, position, float(inner[:, position].max()), aligned, attention, phases)
+
+
+def _choose_primary(views: list[_View]) -> _View:
+    """The candidate that becomes a sink first, among those that grow about as large as the largest.
+
+    Size alone would take a secondary sink near the beginning for the primary where it is the larger
+    one; time alone would take any token that an early layer makes somewhat large.
+    """
+    largest = max(view.peak for view in views)
+    able = [view for view in views if view.phases and view.peak >= PRIMARY_SHARE * largest]
+    if not able:
+        return max(views, key=lambda view: view.peak)
+    return min(able, key=lambda view: (view.phases[0][0], -view.peak))
 
 
 def primary_runs(
@@ -196,32 +247,42 @@ def lives(alive: Bool[Tensor, "layer"], *, offset: int = 0) -> list[tuple[int, .
 
 def attention_ratio(
     score: Float[Tensor, "layer head token"],
+    primary: int,
     *,
     ordinary: Bool[Tensor, "token"],
     min_queries: int,
 ) -> Float[Tensor, "layer token"]:
     """Attention that a token draws, over what ordinary tokens nearby draw.
 
-    The head-averaged sink score is first divided by the score that uniform attention would give a
-    token at that position (a token at the very beginning is seen by queries with little else to
-    look at). The baseline of a token is then the median, in each layer, of the `N_NEIGHBORS`
-    ordinary tokens that are nearest in position among those with at least `min_queries` later
-    queries. The last token, at which nobody can look, has NaN.
+    1. A sink score is divided by the score that uniform attention would give a token at that
+       position: one at the very beginning is seen by queries with little else to look at.
+    2. The baseline of a token in a head is the median over a block of `N_NEIGHBORS` ordinary tokens
+       around it, of those with at least `min_queries` later queries.
+    3. Scores and baselines are averaged over heads, each weighted with the attention that the
+       primary draws there beyond its own baseline, and divided. A layer in which no head looks at
+       the primary weighs all heads alike.
+
+    The last token, at which nobody can look, has NaN.
     """
     n_tokens = score.shape[2]
-    mean = score.mean(dim=1) / uniform_score(n_tokens)
+    uniform = uniform_score(n_tokens)
+    relative = score / uniform
     n_queries = torch.arange(n_tokens - 1, -1, -1)
     examples = (ordinary & (n_queries >= min_queries)).nonzero().flatten()
-    if len(examples) == 0:
+    if len(examples) == 0:  # a very short text: anything that somebody can look at
         examples = (n_queries >= 1).nonzero().flatten()
-    k = min(N_NEIGHBORS, len(examples))
-    # Examples are sorted, so the k nearest of a position are a window of k of them.
-    place = torch.searchsorted(examples, torch.arange(n_tokens))
-    first = (place - k // 2).clamp(0, len(examples) - k)
-    baselines = mean[:, examples].unfold(1, k, 1).median(dim=-1).values
-    baseline = baselines[:, first]
+    size = min(N_NEIGHBORS, len(examples))
+    n_blocks = len(examples) // size
+    blocks = relative[:, :, examples[: n_blocks * size]].unflatten(-1, (n_blocks, size))
+    # Examples are in order, so a token's place among them says which block it lies in.
+    block = torch.searchsorted(examples, torch.arange(n_tokens)) // size
+    baseline = blocks.median(dim=-1).values[:, :, block.clamp_max(n_blocks - 1)]
+    weight = ((relative - baseline)[:, :, primary] * uniform[primary]).clamp_min(0)
+    weight = torch.where(weight.sum(dim=1, keepdim=True) > 0, weight, torch.ones_like(weight))
+    drawn = (weight[:, :, None] * relative).sum(dim=1)
+    expected = (weight[:, :, None] * baseline).sum(dim=1)
     # Not a division by nothing: a token that nobody looks at, among such, has ratio 0.
-    return mean / baseline.clamp_min(torch.finfo(torch.float32).tiny)
+    return drawn / expected.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def uniform_score(n_tokens: int) -> Float[Tensor, "token"]:
@@ -274,46 +335,29 @@ def margins(sinks: SinkMap, n: int | None) -> pd.DataFrame:
         )
         if n is not None and len(rows) == n:
             break
-    columns = "position token layer alignment magnitude attention closeness failed".split()
+    columns = ["position", "token", "layer", *tests, "closeness", "failed"]
     return pd.DataFrame(rows, columns=columns)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """The measurements from which a sink's evidence is read."""
-
-    geometry: Geometry
-    index: int
-    centered: Tensor
-    norm_ratio: Tensor
-    score: Tensor
-    attention: Tensor
-
-    def evidence(self, token: int, layers: tuple[int, ...], seen: float) -> Evidence:
-        norm = self.geometry.norm
-        after = _next_layer(self.score.mean(dim=1))
-        rows = list(layers)
-        return Evidence(
-            alignment=_floats(self.geometry.alignment[self.index, rows, token]),
-            centered_alignment=_floats(self.centered[rows, token]),
-            norm=_floats(norm[rows, token]),
-            norm_ratio=_floats((norm / _row_median(norm))[rows, token]),
-            sink_score=_floats(after[rows, token]),
-            attention_ratio=seen,
-            n_queries=norm.shape[1] - 1 - token,
-        )
-
-
-def _primary_index(geometry: Geometry, norm_ratio: Tensor, primary: int | None) -> int:
-    if primary is not None:
-        if primary not in geometry.candidates:
-            raise InputError(
-                f"primary={primary} is not among the candidate positions {geometry.candidates}"
-            )
-        return geometry.candidates.index(primary)
-    # The last layer is left out: some models write large, unrelated vectors there.
-    inner = norm_ratio[:-1] if norm_ratio.shape[0] > 1 else norm_ratio
-    return int(inner[:, list(geometry.candidates)].amax(dim=0).argmax())
+def _evidence(
+    geometry: Geometry,
+    view: _View,
+    score: Tensor,
+    token: int,
+    layers: tuple[int, ...],
+    seen: float,
+) -> Evidence:
+    rows = list(layers)
+    norm = geometry.norm
+    return Evidence(
+        alignment=_floats(geometry.alignment[view.index, rows, token]),
+        centered_alignment=_floats(geometry.centered_alignment[view.index, rows, token]),
+        norm=_floats(norm[rows, token]),
+        norm_ratio=_floats((norm / _row_median(norm))[rows, token]),
+        sink_score=_floats(_next_layer(score.mean(dim=1))[rows, token]),
+        attention_ratio=seen,
+        n_queries=norm.shape[1] - 1 - token,
+    )
 
 
 def _is_looked_at(
@@ -332,19 +376,10 @@ def _is_looked_at(
     return seen >= thresholds["min_attention_ratio"]
 
 
-def _life_attention(
-    attention: Tensor, token: int, layers: range | tuple[int, ...]
-) -> float:
+def _life_attention(attention: Tensor, token: int, layers: range | tuple[int, ...]) -> float:
     """Mean attention ratio over a life; layer l shows in block l + 1. NaN if nothing shows it."""
     shown = [layer + 1 for layer in layers if layer + 1 < attention.shape[0]]
     return float(attention[shown, token].mean()) if shown else math.nan
-
-
-def _in_runs(aligned: Tensor, runs: list[tuple[int, int]]) -> Bool[Tensor, "token"]:
-    candidates = torch.zeros(aligned.shape[1], dtype=torch.bool)
-    for start, end in runs:
-        candidates |= aligned[start:end].any(dim=0)
-    return candidates
 
 
 def _next_layer(values: Float[Tensor, "layer token"]) -> Float[Tensor, "layer token"]:

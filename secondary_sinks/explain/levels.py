@@ -1,9 +1,9 @@
 """Sink levels: which (onset, lifetime) pairs recur over many sinks.
 
 Rule for merging: sinks with the same onset are in one level if their lifetimes differ by at most
-`max_spread` layers over the whole level (complete-linkage clustering of the lifetimes). The onset is
-never merged, because it names the layer that wrote the sink; one written vector that fades a layer
-earlier or later is still the same level.
+`max_spread` layers over the whole level (complete-linkage clustering of the lifetimes). The onset
+is never merged, because it names the layer that wrote the sink; one written vector that fades a
+layer earlier or later is still the same level.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class SinkLevels:
             }
             for level in self.levels
         ]
-        columns = "onset lifetime shortest longest n_sinks n_texts tokens".split()
+        columns = ["onset", "lifetime", "shortest", "longest", "n_sinks", "n_texts", "tokens"]
         return pd.DataFrame(rows, columns=columns)
 
     def plot(self, **kwargs: Any) -> Figure:

@@ -11,16 +11,15 @@ for alignment alone:
    `noise`. Here `bos_sink` is called "primary".
 
 Known to fail where L is small (with 24 layers a secondary sink that lives 17 is called a BOS sink),
-where all tokens share a large component (nearly all pass), and where the primary has two phases (only
-the one behind the larger rise is seen). Layers need not be contiguous, and the sign of the cosine is
-ignored.
+where all tokens share a large component (nearly all pass), and where the primary has two phases
+(only the one behind the larger rise is seen). Layers need not be contiguous, and the sign of the
+cosine is ignored.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,17 +56,21 @@ def detect(
     aligned[:start] = False
     aligned[end:] = False
     n_layers = cosine.shape[0]
-    attention = attention_ratio(score, ordinary=~aligned.any(dim=0), min_queries=8)
+    attention = attention_ratio(score, position, ordinary=~aligned.any(dim=0), min_queries=8)
     median = geometry.norm.median(dim=1, keepdim=True).values
     seen = score.mean(dim=1)
     sinks = []
     for token in aligned.any(dim=0).nonzero().flatten().tolist():
         layers = tuple(aligned[:, token].nonzero().flatten().tolist())
         shown = [layer + 1 for layer in layers if layer + 1 < n_layers]
-        after = [float(seen[layer + 1, token]) if layer + 1 < n_layers else math.nan for layer in layers]
+        after = [
+            float(seen[layer + 1, token]) if layer + 1 < n_layers else math.nan for layer in layers
+        ]
         evidence = Evidence(
             alignment=tuple(cosine[list(layers), token].tolist()),
-            centered_alignment=tuple(geometry.centered_alignment[index, list(layers), token].tolist()),
+            centered_alignment=tuple(
+                geometry.centered_alignment[index, list(layers), token].tolist()
+            ),
             norm=tuple(geometry.norm[list(layers), token].tolist()),
             norm_ratio=tuple((geometry.norm / median)[list(layers), token].tolist()),
             sink_score=tuple(after),

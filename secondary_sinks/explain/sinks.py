@@ -114,7 +114,7 @@ class SinkMap:
     sink_score: Float[Tensor, "layer head token"] | None = None
     """Mean attention from later queries; NaN for tokens that too few of them can see."""
     attention_ratio: Float[Tensor, "layer token"] | None = None
-    """Attention drawn, over what ordinary tokens nearby draw (head average)."""
+    """Attention drawn over that of ordinary tokens nearby (`explain.evidence.attention_ratio`)."""
     notes: tuple[str, ...] = ()
     """What a reader of the result must know: processed weights, a text without primary sink."""
     record: dict[str, Any] = field(default_factory=dict, repr=False)

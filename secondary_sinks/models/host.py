@@ -284,7 +284,7 @@ def _final_norm_hook(model: Any, hook: Callable[[Tensor], None]) -> Any:
     module = getattr(model, "ln_final", None)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{_name(model)!r} has no final norm (ln_final)")
-    # Not a lambda over `hook` alone: a module hook that returned something would replace the output.
+    # A module hook that returned something would replace the output; `hook` returns None.
     return module.register_forward_hook(lambda _module, _inputs, output: hook(output))
 
 
@@ -373,4 +373,3 @@ __all__ = [
     "layer_sites",
     "observe",
 ]
-

@@ -1,9 +1,9 @@
 """Texts become token ids, one row a text.
 
-A string goes through the model's own `to_tokens`. Whether that puts a beginning-of-sequence token in
-front is the host's setting `cfg.default_prepend_bos`: `load_model` sets it to what the model was
-trained with (Llama has one, Qwen and SmolLM2 do not), TransformerLens by itself always prepends one.
-It matters here more than elsewhere: in front of Qwen2.5 a token that it never saw there takes the
+A string goes through the model's own `to_tokens`. Whether that puts a beginning-of-sequence token
+in front is the host's setting `cfg.default_prepend_bos`: `load_model` sets it to what the model was
+trained with (Llama has one, Qwen and SmolLM2 do not), TransformerLens by itself nearly always
+prepends one. It matters here more than elsewhere: in front of Qwen2.5 a token that it never saw there takes the
 place of the primary sink and does not become one. A conversation goes through the tokenizer's chat
 template, which brings its own special tokens.
 """
@@ -130,7 +130,9 @@ def _rows(text: Any, attention_mask: Tensor | None) -> list[Any]:
             raise InputError(
                 f"attention_mask is {list(attention_mask.shape)} for tokens {list(text.shape)}"
             )
-        return [row[keep.bool().to(row.device)] for row, keep in zip(text, attention_mask, strict=True)]
+        return [
+            row[keep.bool().to(row.device)] for row, keep in zip(text, attention_mask, strict=True)
+        ]
     if attention_mask is not None:
         raise InputError("attention_mask goes with a [batch, token] tensor of token ids")
     if isinstance(text, str) or _is_conversation(text):

@@ -17,8 +17,8 @@ dimension and without padding, so that there is nothing to get wrong about eithe
 ...         return self.largest
 >>> trace(model, text, [LargestMlpOutput()])["LargestMlpOutput"]  # [layer, token]
 
-`update` must not change the activation, nor keep it: at 500 tokens every one of them in a 0.5B model
-is 4 GB. What is kept goes to the CPU in float32.
+`update` must not change the activation, nor keep it: all those of a 0.5B model at 500 tokens are
+4 GB. What is kept goes to the CPU in float32.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class SinkScores(Collector):
     """Attention that each token receives, by layer and head.
 
     Result: Float[Tensor, "layer head token"]. With `convention="later"` (this library's sink score)
-    it is the mean over later queries i > t of A[i, t]: a token's attention to itself says nothing of
-    what others see in it. Tokens with fewer than `min_queries` later queries get NaN, because the
+    it is the mean over later queries i > t of A[i, t]: a token's attention to itself says nothing
+    of what others see in it. Tokens with fewer than `min_queries` later queries get NaN, because the
     last tokens of a text are looked at merely for being near. With `convention="gu"` it is the
     importance score of Gu et al. (arXiv 2410.10781), the mean over i >= t, for every token; see
     `sink_rate` for their thresholded rate.
@@ -217,8 +217,8 @@ class MassiveActivations(Collector):
 class Geometry:
     """How each token's residual lies to that of every candidate for the primary sink.
 
-    The *common component* of a layer is the mean residual of its ordinary tokens (those with at most
-    twice the median norm); "centered" values are taken after it was subtracted from every token.
+    The *common component* of a layer is the mean residual of its ordinary tokens (those with at
+    most twice the median norm); "centered" values are taken after it was taken off every token.
     """
 
     candidates: tuple[int, ...]

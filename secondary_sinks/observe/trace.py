@@ -72,9 +72,7 @@ class Trace(Mapping[str, Any]):
         import pandas as pd
 
         n_layers, n_tokens = self.host.n_layers, len(self.tokens)
-        layer, token = torch.meshgrid(
-            torch.arange(n_layers), torch.arange(n_tokens), indexing="ij"
-        )
+        layer, token = torch.meshgrid(torch.arange(n_layers), torch.arange(n_tokens), indexing="ij")
         columns: dict[str, Any] = {
             "layer": layer.flatten().numpy(),
             "position": token.flatten().numpy(),

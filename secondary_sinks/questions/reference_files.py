@@ -23,7 +23,11 @@ _KIND_OF_LABEL: dict[str, Kind] = {
     "cliff": "secondary",
     "noise": "noise",
 }
-_LABEL_OF_KIND: dict[Kind, str] = {"primary": "bos_sink", "secondary": "secondary", "noise": "noise"}
+_LABEL_OF_KIND: dict[Kind, str] = {
+    "primary": "bos_sink",
+    "secondary": "secondary",
+    "noise": "noise",
+}
 
 
 def read_reference(path: str | Path, *, tokenizer: Any = None) -> list[SinkMap]:
@@ -58,7 +62,10 @@ def read_reference(path: str | Path, *, tokenizer: Any = None) -> list[SinkMap]:
 
 
 def write_reference(
-    path: str | Path, maps: SinkMap | Sequence[SinkMap], *, prompt_lengths: Sequence[int] | None = None
+    path: str | Path,
+    maps: SinkMap | Sequence[SinkMap],
+    *,
+    prompt_lengths: Sequence[int] | None = None,
 ) -> Path:
     """Write sink maps as records of the reference implementation.
 

@@ -185,7 +185,9 @@ def test_one_text_in_one_result_many_in_a_list(tiny, tokens_of):
     assert isinstance(ss.trace(model, "w3 w4 w5", [ss.ResidualNorms()]), ss.Trace)
     assert isinstance(ss.trace(model, tokens_of(6)[None], [ss.ResidualNorms()]), ss.Trace)
     many = ss.trace(model, ["w3 w4 w5", "w6 w7"], [ss.ResidualNorms()], progress=False)
-    assert [len(one.tokens) for one in many] == [len(model.to_tokens(t)[0]) for t in ("w3 w4 w5", "w6 w7")]
+    assert [len(one.tokens) for one in many] == [
+        len(model.to_tokens(t)[0]) for t in ("w3 w4 w5", "w6 w7")
+    ]
     rows = ss.trace(model, tokens_of(6, rows=3), [ss.ResidualNorms()], progress=False)
     assert len(rows) == 3
 
@@ -282,9 +284,7 @@ def test_a_trace_comes_back_from_disk(tiny, tokens_of, tmp_path):
     assert back.host == seen.host
     assert back.token_strings == seen.token_strings
     torch.testing.assert_close(back["SinkScores"], seen["SinkScores"], equal_nan=True)
-    torch.testing.assert_close(
-        back["MassiveActivations.ratio"], seen["MassiveActivations"].ratio
-    )
+    torch.testing.assert_close(back["MassiveActivations.ratio"], seen["MassiveActivations"].ratio)
 
 
 def test_the_residual_identity_is_checked(tiny, family):
