@@ -135,9 +135,14 @@ def _draw(
         axis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_title(_title(levels), fontsize=SMALL, parse_math=False)
     if not levels.counts:
-        middle = ((x0 + x1) / 2, (y0 + y1) / 2)
         axes.text(
-            *middle, "no secondary\nsinks", ha="center", va="center", color=COLORS["ordinary"]
+            (x0 + x1) / 2,
+            (y0 + y1) / 2,
+            "no secondary\nsinks",
+            ha="center",
+            va="center",
+            color=COLORS["ordinary"],
+            bbox={"facecolor": "white", "linewidth": 0},
         )
 
 

@@ -374,6 +374,8 @@ def _draw_text(figure: Figure, sinks: SinkMap, plan: _Plan, shade: Shade) -> Non
     left = _LEFT + plan.panel_width + 0.1
     bar = figure.colorbar(image, cax=add_panel(figure, left, plan.text_top, 0.09, plan.text_height))
     bar.outline.set_linewidth(0.4)
+    if isinstance(norm, LogNorm):  # powers of ten would have exponents smaller than 7 points
+        bar.set_ticks([1, 10, 100], labels=["1", "10", "100"])
     bar.set_label(caption, fontsize=SMALL)
 
 
