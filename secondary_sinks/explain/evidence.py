@@ -7,17 +7,17 @@ A token is a sink after block l if, at the same time,
   makes nobody a sink;
 * *magnitude*: what it has beyond the common component is larger than the median token's;
 * *attention*: over that life, later tokens look at it much more than at ordinary tokens nearby,
-  in the heads that look at the primary. "Nearby" matters: early tokens are seen by queries with little
-  else to look at, late ones by their neighbors. "In the heads that look at the primary" matters as
-  well: the sink direction is read by some heads only, and the others would drown them.
+  in the heads that look at the primary. "Nearby" matters: early tokens are seen by queries with
+  little else to look at, late ones by their neighbors. The heads matter as well: the sink direction
+  is read by some of them only, and the others would drown these.
 
 All of it happens inside a *primary phase*: a run of layers in which the primary token is massive,
 keeps its direction from one layer to the next, and itself draws attention. A model may have several
 phases, with different directions. A token whose life begins with the phase is another primary sink;
 one whose life begins later is a secondary sink.
 
-What the numbers do not say: that the sink matters for the output, or which module made it. Those are
-questions for an intervention.
+What the numbers do not say: that the sink matters for the output, or which module made it. Those
+are questions for an intervention.
 
 Everything here is arithmetic on small tensors; nothing touches a model.
 """

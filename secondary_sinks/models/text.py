@@ -3,9 +3,9 @@
 A string goes through the model's own `to_tokens`. Whether that puts a beginning-of-sequence token
 in front is the host's setting `cfg.default_prepend_bos`: `load_model` sets it to what the model was
 trained with (Llama has one, Qwen and SmolLM2 do not), TransformerLens by itself nearly always
-prepends one. It matters here more than elsewhere: in front of Qwen2.5 a token that it never saw there takes the
-place of the primary sink and does not become one. A conversation goes through the tokenizer's chat
-template, which brings its own special tokens.
+prepends one. It matters here more than elsewhere: a token that Qwen2.5 never saw in front does not
+become the primary sink; the token after it does, or none. A conversation goes through the
+tokenizer's chat template, which brings its own special tokens.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ class SinkScores(Collector):
 
     Result: Float[Tensor, "layer head token"]. With `convention="later"` (this library's sink score)
     it is the mean over later queries i > t of A[i, t]: a token's attention to itself says nothing
-    of what others see in it. Tokens with fewer than `min_queries` later queries get NaN, because the
-    last tokens of a text are looked at merely for being near. With `convention="gu"` it is the
+    of what others see in it. Tokens with fewer than `min_queries` later queries get NaN, because
+    the last tokens of a text are looked at merely for being near. With `convention="gu"` it is the
     importance score of Gu et al. (arXiv 2410.10781), the mean over i >= t, for every token; see
     `sink_rate` for their thresholded rate.
 

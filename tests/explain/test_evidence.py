@@ -1,0 +1,192 @@
+"""The evidence criterion on planted truth, and on measurements made by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import secondary_sinks as ss
+from secondary_sinks.explain import evidence
+from secondary_sinks.models.planted import PlantedPhase, PlantedSink, planted_model, random_planted
+
+
+def found(sinks):
+    return {(sink.position, sink.l_start, sink.lifetime) for sink in sinks.secondary}
+
+
+def planted(truth):
+    return {(sink.position, sink.onset, sink.lifetime) for sink in truth.sinks}
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_planted_truth_is_recovered_exactly(seed):
+    """Depth 8 to 30, one or two phases and primaries, common component, both kinds of decoy."""
+    model = random_planted(seed)
+    host = model.load()
+    for n_tokens in (48, 160):
+        tokens = model.tokens(n_tokens, seed=seed)
+        truth, sinks = model.truth(tokens), ss.detect_sinks(host, tokens)
+        assert sinks.phases == truth.phases
+        assert {sink.position for sink in sinks.primary} == set(truth.primary)
+        assert found(sinks) == planted(truth)
+        for sink in sinks.secondary:
+            assert min(sink.evidence.centered_alignment) > 0.95
+        nearest = sinks.margins(None)
+        assert nearest.closeness.max() < 0.9, "decoys and ordinary tokens are far from passing"
+        decoys = nearest[nearest.position.isin(truth.decoys_aligned)]
+        assert (decoys.failed == "attention").all()
+
+
+def one_sink(**kwargs):
+    return planted_model(
+        n_layers=12,
+        phases=(PlantedPhase(start=1, end=11, norm=400),),
+        secondary=(PlantedSink(token=20, writer=5, norm=80, lifetime=4),),
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("late", [1, 2, 4, 9])
+def test_a_late_sink_that_few_queries_can_see(late):
+    model = one_sink()
+    tokens = model.tokens(64)
+    tokens[tokens == 20] = 21
+    tokens[0, -late] = 20
+    sinks = ss.detect_sinks(model.load(), tokens)
+    assert found(sinks) == {(64 - late, 5, 4)}
+    assert sinks.secondary[0].evidence.n_queries == late - 1
+    assert torch.isnan(sinks.sink_score[:, :, -8:]).all(), (
+        "too few queries for a score to mean much"
+    )
+
+
+def test_late_ordinary_tokens_are_no_sinks():
+    model = one_sink(aligned_decoys=(30,))
+    tokens = model.tokens(64)
+    tokens[tokens == 20] = 21
+    tokens[tokens == 30] = 31
+    tokens[0, -3] = 30  # aligned, seen by two queries, which do not look
+    sinks = ss.detect_sinks(model.load(), tokens)
+    assert found(sinks) == set()
+
+
+def test_a_secondary_sink_larger_than_the_primary_and_next_to_it():
+    model = planted_model(
+        n_layers=12,
+        phases=(PlantedPhase(start=1, end=11, norm=150),),
+        secondary=(PlantedSink(token=20, writer=3, norm=400, lifetime=6),),
+    )
+    tokens = model.tokens(64)
+    tokens[0, 2] = 20
+    sinks = ss.detect_sinks(model.load(), tokens)
+    assert sinks.primary_position == 0
+    assert (2, 3, 6) in found(sinks)
+
+
+def test_a_common_component_that_fools_the_published_rule():
+    model = one_sink(common=40.0, common_alignment=0.95)
+    tokens = model.tokens(96)
+    host = model.load()
+    sinks = ss.detect_sinks(host, tokens)
+    assert found(sinks) == planted(model.truth(tokens))
+    reference = ss.detect_sinks(host, tokens, criterion="reference")
+    assert len(reference.sinks) > 48, "nearly every token passes the raw cosine"
+    assert (sinks.alignment[6] > 0.9).float().mean() > 0.5
+    assert (sinks.centered_alignment[6] > 0.9).sum() == 1 + len(sinks.secondary)
+
+
+def test_no_secondary_sinks_come_with_their_margins():
+    model = one_sink()
+    tokens = model.tokens(64)
+    tokens[tokens == 20] = 21
+    sinks = ss.detect_sinks(model.load(), tokens)
+    assert sinks.secondary == []
+    margins = sinks.margins(5)
+    assert len(margins) == 5
+    assert margins.closeness.is_monotonic_decreasing
+    assert 0 not in set(margins.position), "the primary is no near miss"
+    assert (margins[["alignment", "magnitude", "attention"]].min(axis=1)).tolist() == pytest.approx(
+        margins.closeness.tolist()
+    )
+
+
+def test_thresholds_decide_and_are_recorded():
+    model = one_sink()
+    tokens, host = model.tokens(64), model.load()
+    sinks = ss.detect_sinks(host, tokens)
+    assert sinks.thresholds == evidence.DEFAULTS
+    largest = max(sink.evidence.attention_ratio for sink in sinks.secondary)
+    strict = ss.detect_sinks(host, tokens, min_attention_ratio=largest + 1)
+    assert strict.thresholds["min_attention_ratio"] == largest + 1
+    assert strict.secondary == []
+    assert ss.detect_sinks(host, tokens, min_norm_ratio=1e4).sinks == ()
+    assert ss.detect_sinks(host, tokens, min_primary_ratio=1e4).phases == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_alignment", 1.2),
+        ("min_alignment", 0.0),
+        ("min_norm_ratio", -1),
+        ("min_primary_ratio", 0.5),
+        ("min_queries", 0),
+        ("min_attention_ratio", float("nan")),
+        ("min_cosine", 0.9),
+    ],
+)
+def test_thresholds_out_of_range_are_refused(tiny, tokens_of, name, value):
+    with pytest.raises(ss.InputError, match=name):
+        ss.detect_sinks(tiny("llama"), tokens_of(16), **{name: value})
+
+
+def test_random_models_have_no_sinks(tiny, family, tokens_of):
+    sinks = ss.detect_sinks(tiny(family), tokens_of(48))
+    assert sinks.sinks == ()
+    assert any("no primary sink" in note for note in sinks.notes)
+    assert len(sinks.margins()) == 10
+
+
+def test_a_primary_of_ones_own_choice(tiny, tokens_of):
+    sinks = ss.detect_sinks(tiny("llama"), tokens_of(16), primary=9)
+    assert sinks.primary_position == 9
+    torch.testing.assert_close(sinks.alignment[:, 9], torch.ones(3))
+    with pytest.raises(ss.InputError, match="beyond"):
+        ss.detect_sinks(tiny("llama"), tokens_of(16), primary=16)
+
+
+def test_primary_runs_want_size_persistence_and_more_than_a_layer():
+    massive = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
+    persists = torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 0, 1], dtype=torch.bool)
+    assert evidence.primary_runs(massive, persists) == [(1, 3), (6, 8), (8, 10)]
+
+
+def test_lives_bridge_one_missing_layer_only():
+    alive = torch.tensor([1, 1, 0, 1, 0, 0, 1], dtype=torch.bool)
+    assert evidence.lives(alive, offset=4) == [(4, 5, 6, 7), (10,)]
+
+
+def test_uniform_attention_has_ratio_one():
+    n = 40
+    pattern = torch.tril(torch.ones(n, n))
+    pattern = pattern / pattern.sum(dim=1, keepdim=True)
+    score = torch.tril(pattern, -1).sum(dim=0) / torch.arange(n - 1, -1, -1)
+    torch.testing.assert_close(evidence.uniform_score(n)[:-1], score[:-1])
+    ratio = evidence.attention_ratio(
+        score.expand(2, 3, n), 0, ordinary=torch.ones(n, dtype=torch.bool), min_queries=4
+    )
+    torch.testing.assert_close(ratio[:, :-1], torch.ones(2, n - 1))
+    assert torch.isnan(ratio[:, -1]).all()
+
+
+def test_heads_that_ignore_the_primary_do_not_count():
+    n = 40
+    score = evidence.uniform_score(n).expand(1, 4, n).clone()
+    score[0, 0, 0] = 0.5  # head 0 looks at the primary
+    score[0, 0, 20] *= 10  # and at token 20;
+    score[0, 1:, 30] *= 10  # the others look at token 30
+    ordinary = torch.ones(n, dtype=torch.bool)
+    ordinary[[0, 20, 30]] = False
+    ratio = evidence.attention_ratio(score, 0, ordinary=ordinary, min_queries=4)
+    assert ratio[0, 20].item() == pytest.approx(10, rel=1e-4)
+    assert ratio[0, 30].item() == pytest.approx(1, rel=1e-4)
