@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -244,14 +243,13 @@ def test_scaling_the_writers_output_scales_the_norm_and_keeps_the_life(seed: int
             assert written[end:].abs().max() < max(1.0, 0.02 * dose * sink.norm)
 
 
-@with_secondary
+@pytest.mark.parametrize("seed", range(4))
 def test_without_its_eraser_a_sink_lives_on(seed: int):
-    model = drawn(seed)
+    model = planted_model(seed=seed)
     tokens = model.tokens(64, seed=seed)
     sink = first_sink(model, tokens)
     end = sink.onset + sink.lifetime
-    if end == model.plan.n_layers:
-        pytest.skip("never erased")
+    assert end < model.plan.n_layers
     resid, _, _ = run(model, tokens, {(end, sink.position): torch.zeros_like})
     assert (along(model, resid)[end:, sink.position] > 0.95 * sink.norm).all()
 
@@ -259,15 +257,12 @@ def test_without_its_eraser_a_sink_lives_on(seed: int):
 # --- the model as an object ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bridge", "hooked"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_transformer_lens_computes_the_same_residuals(architecture: str, kind: str):
-    if kind == "hooked" and version("transformer-lens") >= "4":
-        pytest.skip("TransformerLens 4 has no HookedTransformer")
+def test_transformer_lens_computes_the_same_residuals(architecture: str):
     model = planted_model(architecture=architecture, aligned_decoys=[30], common=10.0)
     tokens = model.tokens(64)
     before = {name: p.clone() for name, p in model.hf.state_dict().items()}
-    loaded = model.load(kind)
+    loaded = model.load()
     _, cache = loaded.run_with_cache(tokens)
     resid, patterns, _ = run(model, tokens)
     for layer in range(model.plan.n_layers):
