@@ -99,7 +99,12 @@ def describe(model: Any) -> HostInfo:
             "(TransformerBridge or HookedTransformer), such as load_model(...) returns"
         )
     cfg = model.cfg
-    if getattr(cfg, "attention_dir", "causal") != "causal" or not hasattr(model, "unembed"):
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    if (
+        getattr(cfg, "attention_dir", "causal") != "causal"
+        or getattr(config, "is_encoder_decoder", False)
+        or not hasattr(model, "unembed")
+    ):
         raise ModelError(
             f"{_name(model)!r} is not a causal language model; in an encoder every token sees "
             "every other, and attention sinks are not defined in the sense used here"
