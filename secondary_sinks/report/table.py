@@ -8,7 +8,8 @@ that "none found" can be judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -144,7 +145,7 @@ def _cells(sink: Sink) -> list[Text | str]:
     ]
 
 
-def _margins_table(rows: Sequence[dict[str, object]]) -> Table:
+def _margins_table(rows: Sequence[Mapping[Any, Any]]) -> Table:
     table = _empty_table("Nearest to being one (each test over its threshold; 1 passes)")
     for name in ("pos", "token", "layer", "alignment", "magnitude", "attention", "failed"):
         table.add_column(name, justify="left" if name in ("token", "failed") else "right")
@@ -153,7 +154,7 @@ def _margins_table(rows: Sequence[dict[str, object]]) -> Table:
             str(row["position"]),
             Text(visible(str(row["token"]), limit=16, any_glyph=True)),
             str(row["layer"]),
-            *(_number(float(str(row[k])), ".2f") for k in ("alignment", "magnitude", "attention")),
+            *(_number(float(row[k]), ".2f") for k in ("alignment", "magnitude", "attention")),
             str(row["failed"]),
         )
     return table
