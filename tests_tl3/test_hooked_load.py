@@ -1,4 +1,3 @@
-# ruff: noqa: D103
 """Contract with TransformerLens 3: `HookedTransformer` and bridge made from the same weights.
 
 Run these where `transformer-lens>=3.9,<4` is installed; 4.0 removed `HookedTransformer`.

@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
+from secondary_sinks.explain.attention import AttentionBaseline
 from secondary_sinks.explain.sinks import Evidence, Kind, Sink
 from secondary_sinks.observe.collectors import Geometry
 
@@ -53,15 +54,12 @@ DEFAULTS: dict[str, float | int] = {
 * `min_alignment`: the paper's 0.9, here without the common component. It asks that the vector
   written along the sink direction be about twice as long as everything else the token has.
 * `min_norm_ratio`: norm over the median token's, both without the common component.
-* `min_attention_ratio`: attention drawn over that of ordinary tokens nearby (`attention_ratio`).
+* `min_attention_ratio`: attention drawn over that of ordinary tokens nearby (`explain.attention`).
   Sinks of planted models begin at 14, decoys end at 0.2, ordinary tokens scatter around 1.
 * `min_primary_ratio`: norm ratio from which on the primary token counts as massive.
 * `min_queries`: tokens with fewer later queries are not used as examples of ordinary attention and
   have no sink score of their own.
 """
-
-N_NEIGHBORS = 32
-"""Ordinary tokens nearby that make the attention baseline of a token."""
 
 PRIMARY_SHARE = 0.25
 """A candidate is the primary only if its norm ratio is this share of the largest one's or more."""
@@ -185,9 +183,9 @@ class _View:
         ordinary[position] = False
         for start, end in runs:
             ordinary &= ~aligned[start:end].any(dim=0)
-        attention = attention_ratio(
+        attention = AttentionBaseline.of(
             score, position, ordinary=ordinary, min_queries=int(thresholds["min_queries"])
-        )
+        ).ratio(score)
         least = thresholds["min_attention_ratio"]
         phases = tuple(
             run for run in runs if _life_attention(attention, position, range(*run)) >= least
@@ -243,53 +241,6 @@ def lives(alive: Bool[Tensor, "layer"], *, offset: int = 0) -> list[tuple[int, .
         else:
             runs.append([layer])
     return [tuple(run) for run in runs]
-
-
-def attention_ratio(
-    score: Float[Tensor, "layer head token"],
-    primary: int,
-    *,
-    ordinary: Bool[Tensor, "token"],
-    min_queries: int,
-) -> Float[Tensor, "layer token"]:
-    """Attention that a token draws, over what ordinary tokens nearby draw.
-
-    1. A sink score is divided by the score that uniform attention would give a token at that
-       position: one at the very beginning is seen by queries with little else to look at.
-    2. The baseline of a token in a head is the median over a block of `N_NEIGHBORS` ordinary tokens
-       around it, of those with at least `min_queries` later queries.
-    3. Scores and baselines are averaged over heads, each weighted with the attention that the
-       primary draws there beyond its own baseline, and divided. A layer in which no head looks at
-       the primary weighs all heads alike.
-
-    The last token, at which nobody can look, has NaN.
-    """
-    n_tokens = score.shape[2]
-    uniform = uniform_score(n_tokens)
-    relative = score / uniform
-    n_queries = torch.arange(n_tokens - 1, -1, -1)
-    examples = (ordinary & (n_queries >= min_queries)).nonzero().flatten()
-    if len(examples) == 0:  # a very short text: anything that somebody can look at
-        examples = (n_queries >= 1).nonzero().flatten()
-    size = min(N_NEIGHBORS, len(examples))
-    n_blocks = len(examples) // size
-    blocks = relative[:, :, examples[: n_blocks * size]].unflatten(-1, (n_blocks, size))
-    # Examples are in order, so a token's place among them says which block it lies in.
-    block = torch.searchsorted(examples, torch.arange(n_tokens)) // size
-    baseline = blocks.median(dim=-1).values[:, :, block.clamp_max(n_blocks - 1)]
-    weight = ((relative - baseline)[:, :, primary] * uniform[primary]).clamp_min(0)
-    weight = torch.where(weight.sum(dim=1, keepdim=True) > 0, weight, torch.ones_like(weight))
-    drawn = (weight[:, :, None] * relative).sum(dim=1)
-    expected = (weight[:, :, None] * baseline).sum(dim=1)
-    # Not a division by nothing: a token that nobody looks at, among such, has ratio 0.
-    return drawn / expected.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def uniform_score(n_tokens: int) -> Float[Tensor, "token"]:
-    """Sink score of every token if each query looked at all it can see alike; NaN for the last."""
-    weight = 1 / torch.arange(1, n_tokens + 1, dtype=torch.float64)
-    later = weight.flip(0).cumsum(0).flip(0) - weight
-    return (later / torch.arange(n_tokens - 1, -1, -1)).float()
 
 
 def margins(sinks: SinkMap, n: int | None) -> pd.DataFrame:

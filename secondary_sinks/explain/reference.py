@@ -23,7 +23,8 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.explain.evidence import Detection, attention_ratio
+from secondary_sinks.explain.attention import AttentionBaseline
+from secondary_sinks.explain.evidence import Detection
 from secondary_sinks.explain.sinks import Evidence, Kind, Sink
 from secondary_sinks.observe.collectors import Geometry
 
@@ -56,7 +57,9 @@ def detect(
     aligned[:start] = False
     aligned[end:] = False
     n_layers = cosine.shape[0]
-    attention = attention_ratio(score, position, ordinary=~aligned.any(dim=0), min_queries=8)
+    attention = AttentionBaseline.of(
+        score, position, ordinary=~aligned.any(dim=0), min_queries=8
+    ).ratio(score)
     median = geometry.norm.median(dim=1, keepdim=True).values
     seen = score.mean(dim=1)
     sinks = []

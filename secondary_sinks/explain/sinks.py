@@ -39,7 +39,7 @@ class Evidence:
     is no next layer or no later query."""
     attention_ratio: float
     """Attention drawn over the whole life, over what ordinary tokens nearby draw in the same
-    layers (`explain.evidence.attention_ratio`). NaN where nothing could look at the token."""
+    layers (`explain.attention`). NaN where nothing could look at the token."""
     n_queries: int
     """How many later tokens could look at it. Few make the attention weak evidence."""
 
@@ -114,7 +114,7 @@ class SinkMap:
     sink_score: Float[Tensor, "layer head token"] | None = None
     """Mean attention from later queries; NaN for tokens that too few of them can see."""
     attention_ratio: Float[Tensor, "layer token"] | None = None
-    """Attention drawn over that of ordinary tokens nearby (`explain.evidence.attention_ratio`)."""
+    """Attention drawn over that of ordinary tokens nearby (`explain.attention`)."""
     notes: tuple[str, ...] = ()
     """What a reader of the result must know: processed weights, a text without primary sink."""
     record: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -246,9 +246,11 @@ class SinkMap:
 def _sink_from(entry: dict[str, Any]) -> Sink:
     evidence = entry.pop("evidence")
     if evidence is not None:
-        evidence = Evidence(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in evidence.items()}
-        )
+        as_tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in evidence.items()
+        }
+        evidence = Evidence(**as_tuples)
     return Sink(**(entry | {"layers": tuple(entry["layers"])}), evidence=evidence)
 
 

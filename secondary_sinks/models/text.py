@@ -22,7 +22,8 @@ from secondary_sinks.errors import InputError
 from secondary_sinks.models.host import describe
 
 Message: TypeAlias = dict[str, str]
-Text: TypeAlias = "str | Tensor | Sequence[str] | Sequence[Tensor] | Sequence[Message]"
+Conversation: TypeAlias = "Sequence[Message]"
+Text: TypeAlias = "str | Tensor | Conversation | Sequence[str | Tensor | Conversation]"
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def tokenize(
 
     Args:
         model: a TransformerLens model.
-        text: a string, a list of strings, one conversation (a list of messages), token ids
-            [token] or [batch, token], or a list of token tensors of different lengths.
+        text: a string, a conversation (a list of messages), token ids [token] or [batch, token],
+            or a list of strings, of conversations, or of token tensors of different lengths.
         chat: wrap each string in the model's chat template as a user's message, with the
             assistant's turn opened; token ids are taken to come from a template already.
         prepend_bos: None keeps the model's own setting, True and False overrule it. A string that

@@ -24,7 +24,7 @@ dimension and without padding, so that there is nothing to get wrong about eithe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -48,7 +48,7 @@ class Run:
 class Collector:
     """Base of all collectors; subclasses set `sites` and define `start`, `update`, `result`."""
 
-    sites: ClassVar[tuple[str, ...]] | tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
     """Names of the sites to read (`models.host.SITE_HOOKS`, or `final_norm`)."""
 
     name: str | None = None
@@ -312,4 +312,5 @@ def _cosines(
 ) -> Float[Tensor, "candidate token"]:
     unit = torch.nn.functional.normalize(directions, dim=-1)
     norms = vectors.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return (unit @ vectors.T / norms).clamp(-1, 1)
+    cosines: Tensor = unit @ vectors.T / norms
+    return cosines.clamp(-1, 1)

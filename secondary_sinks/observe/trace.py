@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from jaxtyping import Int
@@ -31,12 +31,13 @@ from secondary_sinks.models.host import (
     layer_sites,
     observe,
 )
-from secondary_sinks.models.text import Text, TokenizedText, is_many, pad, tokenize
+from secondary_sinks.models.text import Message, Text, TokenizedText, is_many, pad, tokenize
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.storage import load_record, save_record
 
 if TYPE_CHECKING:
     import pandas as pd
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,32 @@ class Trace(Mapping[str, Any]):
         return cls(tokens, strings, HostInfo(**host), tensors, record["chat"])
 
 
-@overload
-def trace(model: Any, text: str, collectors: Sequence[Collector], **kwargs: Any) -> Trace: ...
+class TraceOptions(TypedDict, total=False):
+    """The keyword arguments of `trace`, which `detect_sinks` passes on."""
+
+    chat: bool
+    prepend_bos: bool | None
+    max_tokens: int | None
+    attention_mask: Tensor | None
+    batch_size: int
+    fwd_hooks: Sequence[UserHook]
+    progress: bool | None
+
+
 @overload
 def trace(
-    model: Any, text: Text, collectors: Sequence[Collector], **kwargs: Any
+    model: Any,
+    text: str | list[Message],
+    collectors: Sequence[Collector],
+    **options: Unpack[TraceOptions],
+) -> Trace: ...
+@overload
+def trace(
+    model: Any, text: list[str], collectors: Sequence[Collector], **options: Unpack[TraceOptions]
+) -> list[Trace]: ...
+@overload
+def trace(
+    model: Any, text: Text, collectors: Sequence[Collector], **options: Unpack[TraceOptions]
 ) -> Trace | list[Trace]: ...
 def trace(
     model: Any,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from jaxtyping import Int
@@ -14,19 +14,48 @@ from secondary_sinks.errors import InputError
 from secondary_sinks.explain import evidence, reference
 from secondary_sinks.explain.sinks import SinkMap
 from secondary_sinks.models.host import UserHook
-from secondary_sinks.models.text import Text
+from secondary_sinks.models.text import Message, Text
 from secondary_sinks.observe.collectors import Collector, ResidualGeometry, SinkScores
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import Trace, TraceOptions, trace
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Criterion = Literal["evidence", "reference"]
 
 PREFIX = 4
 """How many positions at the beginning of a text are considered for the primary sink."""
 
 
+class DetectOptions(TraceOptions, total=False):
+    """The keyword arguments of `detect_sinks`."""
+
+    criterion: Criterion
+    primary: int | None
+    min_alignment: float
+    min_norm_ratio: float
+    min_attention_ratio: float
+    min_primary_ratio: float
+    min_queries: int
+
+
+@overload
+def detect_sinks(
+    model: Any, text: str | list[Message], **options: Unpack[DetectOptions]
+) -> SinkMap: ...
+@overload
+def detect_sinks(
+    model: Any, text: list[str], **options: Unpack[DetectOptions]
+) -> list[SinkMap]: ...
+@overload
+def detect_sinks(
+    model: Any, text: Text, **options: Unpack[DetectOptions]
+) -> SinkMap | list[SinkMap]: ...
 def detect_sinks(
     model: Any,
     text: Text,
     *,
-    criterion: Literal["evidence", "reference"] = "evidence",
+    criterion: Criterion = "evidence",
     chat: bool = False,
     prepend_bos: bool | None = None,
     max_tokens: int | None = None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.explain import evidence
+from secondary_sinks.explain import attention, evidence
 from secondary_sinks.models.planted import PlantedPhase, PlantedSink, planted_model, random_planted
 
 
@@ -171,22 +171,22 @@ def test_uniform_attention_has_ratio_one():
     pattern = torch.tril(torch.ones(n, n))
     pattern = pattern / pattern.sum(dim=1, keepdim=True)
     score = torch.tril(pattern, -1).sum(dim=0) / torch.arange(n - 1, -1, -1)
-    torch.testing.assert_close(evidence.uniform_score(n)[:-1], score[:-1])
-    ratio = evidence.attention_ratio(
+    torch.testing.assert_close(attention.uniform_score(n)[:-1], score[:-1])
+    ratio = attention.AttentionBaseline.of(
         score.expand(2, 3, n), 0, ordinary=torch.ones(n, dtype=torch.bool), min_queries=4
-    )
+    ).ratio(score.expand(2, 3, n))
     torch.testing.assert_close(ratio[:, :-1], torch.ones(2, n - 1))
     assert torch.isnan(ratio[:, -1]).all()
 
 
 def test_heads_that_ignore_the_primary_do_not_count():
     n = 40
-    score = evidence.uniform_score(n).expand(1, 4, n).clone()
+    score = attention.uniform_score(n).expand(1, 4, n).clone()
     score[0, 0, 0] = 0.5  # head 0 looks at the primary
     score[0, 0, 20] *= 10  # and at token 20;
     score[0, 1:, 30] *= 10  # the others look at token 30
     ordinary = torch.ones(n, dtype=torch.bool)
     ordinary[[0, 20, 30]] = False
-    ratio = evidence.attention_ratio(score, 0, ordinary=ordinary, min_queries=4)
+    ratio = attention.AttentionBaseline.of(score, 0, ordinary=ordinary, min_queries=4).ratio(score)
     assert ratio[0, 20].item() == pytest.approx(10, rel=1e-4)
     assert ratio[0, 30].item() == pytest.approx(1, rel=1e-4)

@@ -1,0 +1,106 @@
+"""How much attention is much: what a token draws, over what ordinary tokens nearby draw.
+
+A sink score alone says little. Attention to an ordinary token falls with the length of the text,
+the first tokens are seen by queries with little else to look at, the last ones by their neighbors,
+and a sliding window hides whatever is far away. So a token is compared, head by head, with ordinary
+tokens of about the same position, and only in those heads that look at the primary sink: the
+direction that a secondary sink shares with it is read by some heads, and the others would drown
+them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+N_NEIGHBORS = 32
+"""Ordinary tokens nearby that make the attention baseline of a token."""
+
+
+@dataclass(frozen=True)
+class AttentionBaseline:
+    """What ordinary tokens of one text draw, by layer, head and place."""
+
+    weight: Float[Tensor, "layer head"]
+    """Attention that the primary draws beyond its own baseline. A layer in which no head looks at
+    it weighs all heads alike."""
+    median: Float[Tensor, "layer head block"]
+    """Median relative score of each block of ordinary tokens."""
+    examples: Int[Tensor, "example"]
+    """Positions of the ordinary tokens, in order; each `block_size` of them are a block."""
+    block_size: int
+    uniform: Float[Tensor, "token"]
+    """`uniform_score` of the text."""
+
+    @classmethod
+    def of(
+        cls,
+        score: Float[Tensor, "layer head token"],
+        primary: int,
+        *,
+        ordinary: Bool[Tensor, "token"],
+        min_queries: int,
+    ) -> AttentionBaseline:
+        """Measure the baseline of a text.
+
+        Args:
+            score: mean attention from later queries, for every token that has at least one.
+            primary: position of the primary sink.
+            ordinary: which tokens are examples of ordinary ones.
+            min_queries: examples need at least this many later queries.
+        """
+        n_tokens = score.shape[2]
+        uniform = uniform_score(n_tokens)
+        n_queries = torch.arange(n_tokens - 1, -1, -1)
+        examples = (ordinary & (n_queries >= min_queries)).nonzero().flatten()
+        if len(examples) == 0:  # a very short text: anything that somebody can look at
+            examples = (n_queries >= 1).nonzero().flatten()
+        size = min(N_NEIGHBORS, len(examples))
+        n_blocks = len(examples) // size
+        relative = (score / uniform)[:, :, examples[: n_blocks * size]]
+        median = relative.reshape(*relative.shape[:2], n_blocks, size).median(dim=-1).values
+        # Uniform weights first: what the primary draws beyond its baseline needs the baseline.
+        plain = cls(torch.ones(score.shape[:2]), median, examples, size, uniform)
+        here = torch.tensor([primary])
+        beyond = score[:, :, primary] - plain._expected(here)[:, :, 0] * uniform[primary]
+        weight = beyond.clamp_min(0)
+        nobody = weight.sum(dim=1, keepdim=True) == 0
+        return cls(weight.masked_fill(nobody, 1.0), median, examples, size, uniform)
+
+    def ratio(
+        self,
+        score: Float[Tensor, "layer head item"],
+        positions: Int[Tensor, "item"] | None = None,
+    ) -> Float[Tensor, "layer item"]:
+        """Attention drawn over the baseline, by layer.
+
+        Scores are first divided by what uniform attention would give at that position; scores and
+        baselines are averaged over heads with `weight`, then divided.
+
+        Args:
+            score: mean attention from later queries.
+            positions: where each item stands; by default item t is token t. The last token, at
+                which nobody can look, has NaN.
+        """
+        if positions is None:
+            positions = torch.arange(score.shape[2])
+        relative = score / self.uniform[positions]
+        drawn = (self.weight[:, :, None] * relative).sum(dim=1)
+        expected = (self.weight[:, :, None] * self._expected(positions)).sum(dim=1)
+        # Not a division by nothing: a token that nobody looks at, among such, has ratio 0.
+        return drawn / expected.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def _expected(self, positions: Int[Tensor, "item"]) -> Float[Tensor, "layer head item"]:
+        # Examples are in order, so a token's place among them says which block it lies in.
+        block = torch.searchsorted(self.examples, positions) // self.block_size
+        return self.median[:, :, block.clamp_max(self.median.shape[2] - 1)]
+
+
+def uniform_score(n_tokens: int) -> Float[Tensor, "token"]:
+    """Sink score of every token if each query looked at all it can see alike; NaN for the last."""
+    weight = 1 / torch.arange(1, n_tokens + 1, dtype=torch.float64)
+    later = weight.flip(0).cumsum(0).flip(0) - weight
+    return (later / torch.arange(n_tokens - 1, -1, -1)).float()
