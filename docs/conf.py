@@ -1,0 +1,112 @@
+"""Settings of the documentation: `sphinx-build -W --keep-going docs docs/_build/html`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pygments.lexers.python import PythonLexer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import secondary_sinks
+
+project = "secondary_sinks"
+author = "secondary_sinks authors"
+project_copyright = author
+version = release = secondary_sinks.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+nitpicky = False
+
+html_theme = "furo"
+html_title = "secondary_sinks"
+html_show_sphinx = False
+
+myst_enable_extensions = ["dollarmath", "deflist", "colon_fence", "fieldlist"]
+myst_heading_anchors = 3
+
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autoclass_content = "class"
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+default_role = "code"  # docstrings write `name`, as Markdown does
+python_use_unqualified_type_names = True
+
+
+def _as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Let docstrings, which are light Markdown, read as reStructuredText.
+
+    An indented block after an empty line is code (a Google section has no such line after its
+    title), and a vertical bar is a vertical bar.
+    """
+    done: list[str] = []
+    in_code = False
+    for index, line in enumerate(lines):
+        before = lines[index - 1] if index else ""
+        indented = line.startswith("    ") or line.startswith(">>>")
+        if in_code and line.strip() and not indented:
+            in_code = False
+        starts = line.startswith("    ") and not before.strip() and index > 1
+        if starts and not in_code and not _inside_list_or_section(lines, index):
+            done += ["::", ""]
+            in_code = True
+        if not in_code and not line.lstrip().startswith((">>>", "...")):
+            line = re.sub(r"(?<!\\)\|", r"\\|", _outside_code(line))
+        done.append(line.replace("\x00", "|"))
+    lines[:] = done
+
+
+def _outside_code(line: str) -> str:
+    """The line with the bars inside of backticks hidden."""
+    return re.sub(r"`[^`]*`", lambda code: code[0].replace("|", "\x00"), line)
+
+
+def _inside_list_or_section(lines: list[str], index: int) -> bool:
+    """Whether an indented line goes on with a list item or a Google section."""
+    for line in reversed(lines[:index]):
+        if line.strip() and not line.startswith(" "):
+            return bool(re.match(r"(\*|-|\d+\.) |\w[\w ]*:$", line))
+    return False
+
+
+def _keep_colon(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Hide the colons of an attribute's first line, which napoleon would take for `type: text`."""
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = lines[0].replace(":", "\x01")
+
+
+def _restore_colon(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    lines[:] = [line.replace("\x01", ":") for line in lines]
+
+
+def _short_signature(
+    app: Any,
+    what: str,
+    name: str,
+    obj: Any,
+    options: Any,
+    signature: str | None,
+    result: str | None,
+) -> tuple[str | None, str | None]:
+    """Names without their modules, where a default of `<factory>` keeps Sphinx from doing it."""
+    if signature and "<factory>" in signature:
+        signature = re.sub(r"~(?:\w+\.)+", "", signature).replace("<factory>", "{}")
+    return signature, result
+
+
+def setup(app: Any) -> None:
+    app.add_lexer("python-norun", PythonLexer)
+    app.connect("autodoc-process-signature", _short_signature)
+    # Napoleon comes at 500.
+    app.connect("autodoc-process-docstring", _as_rst, priority=400)
+    app.connect("autodoc-process-docstring", _keep_colon, priority=410)
+    app.connect("autodoc-process-docstring", _restore_colon, priority=600)
