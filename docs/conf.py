@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pygments.lexers.python import PythonLexer
+from sphinx.pycode import ModuleAnalyzer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -103,7 +105,18 @@ def _short_signature(
     return signature, result
 
 
+def _without_overloads(analyze: Callable[[ModuleAnalyzer], None]) -> Callable[..., None]:
+    """Let a function have its own signature: overloads would hide its arguments' defaults."""
+
+    def analyzed(self: ModuleAnalyzer) -> None:
+        analyze(self)
+        self.overloads = {}
+
+    return analyzed
+
+
 def setup(app: Any) -> None:
+    ModuleAnalyzer.analyze = _without_overloads(ModuleAnalyzer.analyze)
     app.add_lexer("python-norun", PythonLexer)
     app.connect("autodoc-process-signature", _short_signature)
     # Napoleon comes at 500.
