@@ -39,6 +39,13 @@ _HOME = {
     "SecondarySinksError": "errors",
     "load_model": "models.load",
     "list_models": "models.load",
+    "counterfactuals": "questions.counterfactuals",
+    "CounterfactualRows": "questions.counterfactuals",
+    "Intervention": "intervene.interventions",
+    **dict.fromkeys(
+        ("Add", "KeepOnly", "Mean", "ProjectOut", "Replace", "Resample", "Scale", "Zero"),
+        "intervene.edits",
+    ),
     "planted_model": "models.planted",
     "random_planted": "models.planted",
     "Collector": "observe.collectors",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
@@ -62,6 +62,7 @@ class Site(NamedTuple):
 
 
 Observer = Callable[[Tensor], None]
+Editor = Callable[[Tensor], "Tensor | None"]
 UserHook = tuple[Any, Callable[..., Any]]
 
 
@@ -148,41 +149,84 @@ def observe(
         ModelError: a site does not exist in this model, or its hook did not fire exactly once, or
             the model is in training mode with dropout (its activations would be random).
     """
-    _refuse_dropout(model)
-    fired = dict.fromkeys(observers, 0)
 
-    def hook_of(site: Site, observer: Observer) -> Callable[..., None]:
-        def hook(activation: Tensor, hook: Any = None) -> None:
-            fired[site] += 1
-            observer(activation.detach())
+    def reader(observer: Observer) -> Editor:
+        def read(activation: Tensor) -> None:
+            observer(activation)
+
+        return read
+
+    forward(
+        model,
+        tokens,
+        [(site, reader(observer)) for site, observer in observers.items()],
+        fwd_hooks=fwd_hooks,
+        attention_mask=attention_mask,
+    )
+
+
+def forward(
+    model: Any,
+    tokens: Int[Tensor, "batch token"],
+    editors: Sequence[tuple[Site, Editor]],
+    *,
+    fwd_hooks: Sequence[UserHook] = (),
+    logits: bool = False,
+    **arguments: Any,
+) -> Float[Tensor, "batch token d_vocab"] | None:
+    """One forward pass in which functions see activations and may replace them.
+
+    Args:
+        model: any TransformerLens model.
+        tokens: token ids.
+        editors: pairs of a site and a function of its activation, which returns None or a new
+            activation. Several at one site run in the order given.
+        fwd_hooks: `(hook name, function)` pairs that run before all of them.
+        logits: compute and return the logits of all positions.
+        **arguments: for the model's own forward (`attention_mask`, `position_ids`).
+
+    Raises:
+        ModelError: as `observe`.
+    """
+    _refuse_dropout(model)
+    fired = [0] * len(editors)
+
+    def hook_of(index: int, editor: Editor) -> Callable[..., Tensor | None]:
+        def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
+            fired[index] += 1
+            return editor(activation.detach())
 
         return hook
 
-    hooks = [
-        (_hook_name(model, site), hook_of(site, observer))
-        for site, observer in observers.items()
-        if site.name != FINAL_NORM
-    ]
+    hooks: list[UserHook] = []
     with torch.no_grad(), ExitStack() as stack:
-        final_observer = observers.get(Site(FINAL_NORM))
-        if final_observer is not None:
-            stack.enter_context(_final_norm_hook(model, hook_of(Site(FINAL_NORM), final_observer)))
+        for index, (site, editor) in enumerate(editors):
+            hook = hook_of(index, editor)
+            if site.name == FINAL_NORM:
+                stack.enter_context(_final_norm_hook(model, hook))
+            else:
+                hooks.append((_hook_name(model, site), hook))
         device = _input_device(model)
-        model.run_with_hooks(
+        placed = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        out = model.run_with_hooks(
             tokens.to(device),
             fwd_hooks=[*fwd_hooks, *hooks],
-            return_type=None,
-            attention_mask=attention_mask.to(device),
-            **_cheap_forward_arguments(model),
+            return_type="logits" if logits else None,
+            **placed,
+            **_cheap_forward_arguments(model, logits=logits),
         )
-    wrong = {site: count for site, count in fired.items() if count != 1}
+    wrong = [(editors[index][0], count) for index, count in enumerate(fired) if count != 1]
     if wrong:
-        site, count = next(iter(wrong.items()))
+        site, count = wrong[0]
         raise ModelError(
             f"the hook of {_spell(site)} fired {count} times in one forward pass of "
             f"{_name(model)!r} ({len(wrong)} sites in all), so nothing it would say can be "
             "trusted; this architecture cannot be measured at that site"
         )
+    return out if logits else None
 
 
 def has_site(model: Any, site: Site) -> bool:
@@ -285,15 +329,14 @@ def _hook_name(model: Any, site: Site) -> str:
     return str(point.name)
 
 
-def _final_norm_hook(model: Any, hook: Callable[[Tensor], None]) -> Any:
+def _final_norm_hook(model: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:
     module = getattr(model, "ln_final", None)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{_name(model)!r} has no final norm (ln_final)")
-    # A module hook that returned something would replace the output; `hook` returns None.
     return module.register_forward_hook(lambda _module, _inputs, output: hook(output))
 
 
-def _cheap_forward_arguments(model: Any) -> dict[str, Any]:
+def _cheap_forward_arguments(model: Any, *, logits: bool) -> dict[str, Any]:
     """Arguments that spare the work nobody looks at: the key-value cache and the logits.
 
     The logits of 8,192 tokens over 151,000 words are 5 GB. `HookedTransformer` stops before them
@@ -304,7 +347,7 @@ def _cheap_forward_arguments(model: Any) -> dict[str, Any]:
     import inspect
 
     accepted = inspect.signature(model.original_model.forward).parameters
-    arguments = {"use_cache": False, "logits_to_keep": 1}
+    arguments = {"use_cache": False} | ({} if logits else {"logits_to_keep": 1})
     return {name: value for name, value in arguments.items() if name in accepted}
 
 

@@ -1,0 +1,153 @@
+"""The clean run of a text: what counterfactual rows are measured against.
+
+One pass keeps, of every layer, the primary sink's residual, the common component, the median norm,
+and which key each query may see. An edited token's residual is then judged exactly as detection
+judged the clean one's, with the same direction, the same component and the same baselines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from secondary_sinks.explain.attention import AttentionBaseline
+from secondary_sinks.explain.evidence import lives
+from secondary_sinks.explain.sinks import SinkMap
+from secondary_sinks.models.host import UserHook
+from secondary_sinks.observe.collectors import Collector, Run, SinkScores
+from secondary_sinks.observe.trace import Trace, trace
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """One text as the model runs it without interventions."""
+
+    tokens: Int[Tensor, "token"]
+    sinks: SinkMap
+    score: Float[Tensor, "layer head token"]
+    primary: Float[Tensor, "layer d_model"]
+    """The primary sink's residual."""
+    common: Float[Tensor, "layer d_model"]
+    """The common component."""
+    median_centered_norm: Float[Tensor, "layer"]
+    ordinary: Bool[Tensor, "token"]
+    """Tokens that are no sinks."""
+    baseline: AttentionBaseline
+    visible: tuple[Bool[Tensor, "query key"], ...]
+    """Which keys a query sees, once for each kind of layer (full, sliding window)."""
+    kind_of_layer: tuple[int, ...]
+    """Index into `visible` of every layer."""
+
+    @classmethod
+    def of(cls, model: Any, sinks: SinkMap, *, fwd_hooks: Sequence[UserHook] = ()) -> CleanRun:
+        """Run the tokens of a sink map once more and keep what rows need."""
+        tokens = sinks.tokens
+        collectors: list[Collector] = [
+            _Anchors(sinks.primary_position),
+            _Visible(),
+            SinkScores(min_queries=1, name="score"),
+        ]
+        found = cast(Trace, trace(model, cast(Tensor, tokens), collectors, fwd_hooks=fwd_hooks))
+        primary, common, median = found["_Anchors"]
+        visible, kind_of_layer = found["_Visible"]
+        ordinary = torch.ones(len(found.tokens), dtype=torch.bool)
+        ordinary[[sink.position for sink in sinks.sinks] or [sinks.primary_position]] = False
+        ordinary[sinks.primary_position] = False
+        baseline = AttentionBaseline.of(
+            found["score"],
+            sinks.primary_position,
+            ordinary=ordinary,
+            min_queries=int(sinks.thresholds["min_queries"]),
+        )
+        return cls(
+            tokens=found.tokens,
+            sinks=sinks,
+            score=found["score"],
+            primary=primary,
+            common=common,
+            median_centered_norm=median,
+            ordinary=ordinary,
+            baseline=baseline,
+            visible=visible,
+            kind_of_layer=kind_of_layer,
+        )
+
+    def judge(
+        self,
+        centered_alignment: Float[Tensor, "row layer"],
+        centered_norm: Float[Tensor, "row layer"],
+        score: Float[Tensor, "row layer head"],
+        positions: Sequence[int],
+    ) -> Bool[Tensor, "row layer"]:
+        """In which layers each row is a sink, by the evidence criterion.
+
+        `score` holds NaN in layers where it was not measured; those say nothing.
+        """
+        thresholds = self.sinks.thresholds
+        ratio = centered_norm / self.median_centered_norm
+        aligned = (centered_alignment >= thresholds["min_alignment"]) & (
+            ratio >= thresholds["min_norm_ratio"]
+        )
+        attention = self.baseline.ratio(score.permute(1, 2, 0), torch.tensor(list(positions)))
+        is_sink = torch.zeros_like(aligned)
+        for row, position in enumerate(positions):
+            for start, end in self.sinks.phases:
+                for life in lives(aligned[row, start:end], offset=start):
+                    shown = [layer + 1 for layer in life if layer + 1 < aligned.shape[1]]
+                    seen = attention[shown, row].nanmean() if shown else torch.tensor(torch.nan)
+                    unseen = position == len(self.tokens) - 1
+                    if unseen or seen >= thresholds["min_attention_ratio"]:
+                        is_sink[row, list(life)] = True
+        return is_sink
+
+
+class _Anchors(Collector):
+    """Primary residual and common component of each layer, [layer, d_model] each."""
+
+    sites = ("resid_post",)
+
+    def __init__(self, position: int):
+        self.position = position
+
+    def start(self, run: Run) -> None:
+        self._found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def update(self, site: str, layer: int | None, activation: Tensor) -> None:
+        residual = activation.float()
+        norm = residual.norm(dim=-1)
+        common = residual[norm <= 2 * norm.median()].mean(dim=0)
+        median = (residual - common).norm(dim=-1).median()
+        self._found.append((residual[self.position].cpu(), common.cpu(), median.cpu()))
+
+    def result(self) -> tuple[Tensor, ...]:
+        return tuple(torch.stack(parts) for parts in zip(*self._found, strict=True))
+
+
+class _Visible(Collector):
+    """Which keys each query may see, stored once for each kind of layer."""
+
+    sites = ("attn_scores",)
+
+    def start(self, run: Run) -> None:
+        self._kinds: list[Tensor] = []
+        self._of_layer: list[int] = []
+
+    def update(self, site: str, layer: int | None, activation: Tensor) -> None:
+        # Hidden keys have the most negative number of the dtype, or minus infinity. Every head
+        # sees the same, so the first is asked.
+        hidden = 0.9 * max(torch.finfo(activation.dtype).min, -1e30)
+        visible = (activation[0] > hidden).cpu()
+        for index, known in enumerate(self._kinds):
+            if torch.equal(known, visible):
+                self._of_layer.append(index)
+                return
+        self._of_layer.append(len(self._kinds))
+        self._kinds.append(visible)
+
+    def result(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return tuple(self._kinds), tuple(self._of_layer)

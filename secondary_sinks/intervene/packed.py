@@ -1,0 +1,140 @@
+"""Packed counterfactual rows: hundreds of exact interventions in one forward pass.
+
+In a causal model an edit at token p cannot change anything before p. So the edited token's own
+trajectory needs that token recomputed alone, over the unchanged keys and values of the tokens
+before it. Rows are such tokens, put behind the T clean ones in the same sequence:
+
+    sequence   clean 0 ... T-1 | row 0 | row 1 | ...
+    row r      repeats token p, at position p, sees clean tokens 0 ... p-1 and itself
+    clean      never see a row
+
+Every row is edited by an ordinary hook at its own index. Its residual after each block is exact.
+Its keys, scored by the clean queries of the same pass, give the direct sink score: with `lse` the
+clean log-sum-exp of a query, `a` its clean logit to the token and `b` its logit to the row's key,
+the token's new weight is `exp(b - logaddexp(lse + log1p(-exp(a - lse)), b))`.
+
+All masking is done in the hook of the attention scores, which sees the raw logits when the model is
+given a mask of zeros. That keeps sliding windows right, where a mask given to the model would be
+applied to every layer alike. Not every architecture lets the scores be edited, and none says so:
+`questions.counterfactuals` therefore tests a model against the oracle before it trusts this engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.intervene.interventions import Row
+from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks
+from secondary_sinks.models.host import Editor, Site, UserHook, forward
+
+
+def run_packed(
+    model: Any,
+    clean: CleanRun,
+    rows: Sequence[Row],
+    *,
+    fwd_hooks: Sequence[UserHook] = (),
+) -> RowStates:
+    """Run all rows in one forward pass; see the module's description.
+
+    The rows must fit into memory with the text: attention is of (T + rows) squared.
+    """
+    n_tokens, n_rows = len(clean.tokens), len(rows)
+    positions = torch.tensor([row[0].position for row in rows])
+    tokens = torch.cat([clean.tokens, clean.tokens[positions]])[None]
+    position_ids = torch.cat([torch.arange(n_tokens), positions])[None]
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    length = n_tokens + n_rows
+    places: list[Place] = [(0, n_tokens + row) for row in range(n_rows)]
+    meter = RowMeter(clean, places)
+    keys = _KeyMeter(clean, positions)
+    visible = [_with_rows(kind, positions) for kind in clean.visible]
+    attention = [
+        editor
+        for layer, kind in enumerate(clean.kind_of_layer)
+        for editor in (
+            (Site("attn_scores", layer), keys.scores_editor(layer, visible[kind])),
+            (Site("pattern", layer), keys.pattern_reader(layer)),
+        )
+    ]
+    forward(
+        model,
+        tokens,
+        [*edit_hooks(rows, places, clean), *meter.editors(), *attention],
+        fwd_hooks=fwd_hooks,
+        attention_mask=torch.zeros(1, 1, length, length, dtype=dtype),
+        position_ids=position_ids,
+    )
+    return RowStates(
+        meter.alignment,
+        meter.centered_alignment,
+        meter.norm,
+        meter.centered_norm,
+        keys.direct_score,
+    )
+
+
+def _with_rows(
+    visible: Bool[Tensor, "query key"], positions: Tensor
+) -> Bool[Tensor, "query_and_row key_and_row"]:
+    """Who sees whom: a row sees what its token sees, with itself in the token's place."""
+    n_rows = len(positions)
+    for_rows = visible[positions].clone()
+    for_rows[torch.arange(n_rows), positions] = False
+    clean_lines = torch.nn.functional.pad(visible, (0, n_rows))
+    return torch.cat([clean_lines, torch.cat([for_rows, torch.eye(n_rows).bool()], dim=1)])
+
+
+class _KeyMeter:
+    """Masks the scores of each layer and scores the rows' keys with the clean queries."""
+
+    def __init__(self, clean: CleanRun, positions: Tensor):
+        n_layers, n_heads, n_tokens = clean.score.shape
+        self._n_tokens = n_tokens
+        self._positions = positions
+        self._n_later = (n_tokens - 1 - positions).float()
+        self.direct_score = torch.full((len(positions), n_layers, n_heads), torch.nan)
+
+    def scores_editor(self, layer: int, visible: Tensor) -> Editor:
+        n = self._n_tokens
+
+        def mask(scores: Tensor) -> Tensor:
+            sees = visible.to(scores.device)
+            masked = scores.masked_fill(~sees, torch.finfo(scores.dtype).min)
+            clean = masked[0, :, :n, :n].float()
+            # One logit of every query, from which its log-sum-exp follows once the pattern is
+            # known; the largest, because its weight is furthest from nothing. Taking it from the
+            # pattern keeps whatever else joins the softmax, such as gpt-oss' learned logits.
+            self._top, self._top_key = clean.max(dim=-1)
+            self._to_token = clean[:, :, self._positions]
+            self._to_row = scores[0, :, :n, n:].float()
+            later = torch.arange(n, device=scores.device)[:, None] > self._positions.to(
+                scores.device
+            )
+            self._looks = later & sees[:n, self._positions]
+            return masked
+
+        return mask
+
+    def pattern_reader(self, layer: int) -> Editor:
+        n = self._n_tokens
+
+        def read(pattern: Tensor) -> None:
+            weight = pattern[0, :, :n].float().gather(-1, self._top_key[..., None])[..., 0]
+            lse = (self._top - weight.log())[..., None]
+            # Without the token's own key; all of the weight on it leaves nothing.
+            share = (self._to_token - lse).exp().clamp_max(1 - 1e-7)
+            rest = lse + torch.log1p(-share)
+            new = (self._to_row - torch.logaddexp(rest, self._to_row)).exp()
+            total = (new * self._looks).sum(dim=1)  # [head, row]
+            found: Float[Tensor, "row head"] = total.T.cpu() / self._n_later[:, None]
+            found[self._n_later == 0] = torch.nan
+            self.direct_score[:, layer] = found
+
+        return read
