@@ -117,7 +117,7 @@ def detect(
         tokens: token ids.
         token_strings: what they read as.
         primary: position of the primary sink, one of `geometry.candidates`; by default the
-            candidate whose residual grows largest against the median token's.
+            candidate that becomes a sink first, of those that grow about as large as the largest.
         thresholds: all of `DEFAULTS`.
     """
     norm_ratio = geometry.centered_norm / _row_median(geometry.centered_norm)
@@ -176,9 +176,7 @@ class _View:
         aligned = (geometry.centered_alignment[index] >= thresholds["min_alignment"]) & (
             norm_ratio >= thresholds["min_norm_ratio"]
         )
-        persists = geometry.persistence[index] >= thresholds["min_alignment"]
-        massive = norm_ratio[:, position] >= thresholds["min_primary_ratio"]
-        runs = primary_runs(massive, persists)
+        runs = primary_runs(norm_ratio[:, position], geometry.persistence[index], thresholds)
         ordinary = torch.ones(score.shape[2], dtype=torch.bool)
         ordinary[position] = False
         for start, end in runs:
@@ -209,23 +207,47 @@ def _choose_primary(views: list[_View]) -> _View:
 
 
 def primary_runs(
-    massive: Bool[Tensor, "layer"], persists: Bool[Tensor, "layer"]
+    norm_ratio: Float[Tensor, "layer"],
+    persistence: Float[Tensor, "layer"],
+    thresholds: dict[str, float | int],
 ) -> list[tuple[int, int]]:
     """Runs [start, end) of layers in which the primary is massive and keeps its direction.
 
-    A layer belongs to the run of the layer before it if the residual still points the same way;
-    a turn begins another run. A single layer is no run: on the way to a phase the first token is
+    A layer belongs to the run of the layer before it if the residual still points the same way; a
+    turn begins another run. A single layer is no run: on the way to a phase the first token is
     often somewhat large already, in a direction that does not last.
+
+    The vector may be written over two or three layers, and how much of it comes first depends on
+    the token. So a run begins with the first layer after which the primary is larger than ordinary
+    tokens and has the greater part of its (squared) length along the next layer's residual, massive
+    or not.
+
+    Args:
+        norm_ratio: norm of the primary over the median token's.
+        persistence: cosine of the primary's residual with itself one layer earlier.
+        thresholds: all of `DEFAULTS`.
     """
-    runs: list[tuple[int, int]] = []
-    for layer, is_massive in enumerate(massive.tolist()):
-        if not is_massive:
-            continue
-        if runs and runs[-1][1] == layer and persists[layer]:
-            runs[-1] = (runs[-1][0], layer + 1)
+    massive = norm_ratio >= thresholds["min_primary_ratio"]
+    persists = persistence >= thresholds["min_alignment"]
+    cores: list[tuple[int, int]] = []
+    for layer in massive.nonzero().flatten().tolist():
+        if cores and cores[-1][1] == layer and persists[layer]:
+            cores[-1] = (cores[-1][0], layer + 1)
         else:
-            runs.append((layer, layer + 1))
-    return [run for run in runs if run[1] - run[0] > 1]
+            cores.append((layer, layer + 1))
+    runs: list[tuple[int, int]] = []
+    for start, end in cores:
+        if end - start < 2:
+            continue
+        earliest = runs[-1][1] if runs else 0
+        while (
+            start > earliest
+            and persistence[start] ** 2 > 0.5
+            and norm_ratio[start - 1] >= thresholds["min_norm_ratio"]
+        ):
+            start -= 1
+        runs.append((start, end))
+    return runs
 
 
 def lives(alive: Bool[Tensor, "layer"], *, offset: int = 0) -> list[tuple[int, ...]]:
@@ -305,6 +327,9 @@ def _evidence(
         centered_alignment=_floats(geometry.centered_alignment[view.index, rows, token]),
         norm=_floats(norm[rows, token]),
         norm_ratio=_floats((norm / _row_median(norm))[rows, token]),
+        centered_norm_ratio=_floats(
+            (geometry.centered_norm / _row_median(geometry.centered_norm))[rows, token]
+        ),
         sink_score=_floats(_next_layer(score.mean(dim=1))[rows, token]),
         attention_ratio=seen,
         n_queries=norm.shape[1] - 1 - token,

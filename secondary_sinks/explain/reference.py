@@ -61,6 +61,7 @@ def detect(
         score, position, ordinary=~aligned.any(dim=0), min_queries=8
     ).ratio(score)
     median = geometry.norm.median(dim=1, keepdim=True).values
+    centered_median = geometry.centered_norm.median(dim=1, keepdim=True).values
     seen = score.mean(dim=1)
     sinks = []
     for token in aligned.any(dim=0).nonzero().flatten().tolist():
@@ -76,6 +77,9 @@ def detect(
             ),
             norm=tuple(geometry.norm[list(layers), token].tolist()),
             norm_ratio=tuple((geometry.norm / median)[list(layers), token].tolist()),
+            centered_norm_ratio=tuple(
+                (geometry.centered_norm / centered_median)[list(layers), token].tolist()
+            ),
             sink_score=tuple(after),
             attention_ratio=float(attention[shown, token].mean()) if shown else math.nan,
             n_queries=len(tokens) - 1 - token,

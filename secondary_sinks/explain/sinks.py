@@ -34,6 +34,8 @@ class Evidence:
     """Norm of its residual."""
     norm_ratio: tuple[float, ...]
     """That norm over the median token's."""
+    centered_norm_ratio: tuple[float, ...]
+    """The same after the common component was taken off every token: what `min_norm_ratio` asks."""
     sink_score: tuple[float, ...]
     """Attention drawn in the next layer: its sink score there, averaged over heads. NaN where there
     is no next layer or no later query."""
@@ -189,7 +191,8 @@ class SinkMap:
         divided by its threshold (1 or more passes), and the test that it failed most clearly.
         `closeness` is the smallest of the three. It says how the result depends on the thresholds:
         a closeness near 1 is a token on the border, and "no secondary sinks" with nothing above 0.3
-        is a clear answer.
+        is a clear answer. Attention is taken layer by layer here and over a whole life in the
+        detection, so on the very border a token with a closeness of 1 may still not be a sink.
 
         Raises:
             InputError: the map holds no measurements (it was read from a published record) or was

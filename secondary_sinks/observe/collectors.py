@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
@@ -178,7 +178,7 @@ class MassiveActivation:
 
     def is_massive(
         self, *, min_value: float = 100.0, min_ratio: float = 1000.0
-    ) -> Float[Tensor, "layer token"]:
+    ) -> Bool[Tensor, "layer token"]:
         """Which are massive activations: |value| > 100 and > 1000 times the median (Sun et al.,
         arXiv 2402.17762). Absolute values depend on a model's scale; the ratio does not."""
         return (self.value.abs() > min_value) & (self.ratio > min_ratio)

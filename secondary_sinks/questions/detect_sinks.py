@@ -83,8 +83,8 @@ def detect_sinks(
         prepend_bos: None keeps the tokenizer's own convention.
         max_tokens: cut each text after this many tokens.
         attention_mask: marks the padding of a padded token tensor.
-        primary: position of the primary sink; by default the position among the first 4 whose
-            residual is largest.
+        primary: position of the primary sink; by default the one of the first 4 positions that
+            becomes a sink first, of those whose residuals grow about as large as the largest.
         batch_size: texts in one forward pass.
         fwd_hooks: further hooks for these passes, for example to intervene.
         progress: show a progress bar; None shows one for several texts.

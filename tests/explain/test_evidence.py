@@ -156,9 +156,20 @@ def test_a_primary_of_ones_own_choice(tiny, tokens_of):
 
 
 def test_primary_runs_want_size_persistence_and_more_than_a_layer():
-    massive = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
-    persists = torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 0, 1], dtype=torch.bool)
-    assert evidence.primary_runs(massive, persists) == [(1, 3), (6, 8), (8, 10)]
+    ratio = torch.tensor([5.0, 5, 5, 1, 5, 1, 5, 5, 5, 5])
+    cosine = torch.tensor([torch.nan, 0.1, 0.95, 0.95, 0.95, 0.95, 0.1, 0.95, 0.1, 0.95])
+    runs = evidence.primary_runs(ratio, cosine, evidence.DEFAULTS)
+    assert runs == [(1, 3), (6, 8), (8, 10)]
+
+
+def test_a_phase_begins_where_its_vector_begins():
+    """Written over several layers, whatever the share of the first."""
+    cosine = torch.tensor([torch.nan, 0.3, 0.8, 0.99, 0.99, 0.2])
+    for first in (1.6, 2.9, 3.1, 8.0):
+        ratio = torch.tensor([1.2, first, 10, 9, 8, 1])
+        assert evidence.primary_runs(ratio, cosine, evidence.DEFAULTS) == [(1, 5)]
+    cosine[2] = 0.6  # most of it points elsewhere
+    assert evidence.primary_runs(ratio, cosine, evidence.DEFAULTS) == [(2, 5)]
 
 
 def test_lives_bridge_one_missing_layer_only():

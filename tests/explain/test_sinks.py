@@ -63,6 +63,8 @@ def test_evidence_is_read_from_the_arrays(sinks):
         assert evidence.alignment == tuple(sinks.alignment[rows, token].tolist())
         assert evidence.norm == tuple(sinks.norm[rows, token].tolist())
         median = sinks.norm.median(dim=1).values
+        centered = sinks.centered_norm[:, token] / sinks.centered_norm.median(dim=1).values
+        assert evidence.centered_norm_ratio == tuple(centered[rows].tolist())
         assert evidence.norm_ratio == tuple((sinks.norm[:, token] / median)[rows].tolist())
         if token < 64 - 8:  # seen by enough queries to have a score of its own
             shown = [layer + 1 for layer in rows if layer + 1 < sinks.n_layers]

@@ -103,6 +103,15 @@ def test_smollm_two_phases(smollm):
     assert all(s.layers[-1] <= 8 for s in sinks.secondary), "only BOS is a sink in the second phase"
 
 
+@pytest.mark.parametrize("first", ["Before", "There", "Suppose", "1", "We", "class"])
+def test_smollm_kinds_do_not_depend_on_the_first_word(smollm, first):
+    """How fast the first token rises does depend on it."""
+    sinks = ss.detect_sinks(smollm, first + POEM[2:])
+    assert sinks.phases[0] == (1, 9)
+    assert [s.position for s in sinks.primary] == [0, 0]
+    assert " the" in {s.token for s in sinks.secondary}
+
+
 def test_smollm_the_sinks_of_the_first_phase(smollm):
     sinks = ss.detect_sinks(smollm, POEM)
     the = [s for s in sinks.secondary if s.token == " the"]
