@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build_hf(family: str, seed: int = 0) -> Any:
     """A tiny Hugging Face model of `family` with random weights, larger than the usual
-    initialisation so that attention is not uniform."""
+    initialization so that attention is not uniform."""
     import transformers
 
     name, arguments = FAMILIES[family]

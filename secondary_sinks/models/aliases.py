@@ -34,10 +34,10 @@ class ModelAlias:
     """Number of transformer blocks, where known."""
     needs_hub: bool
     """Whether the weights come from the Hugging Face hub (otherwise from the package index)."""
-    licence: str | None
-    """Licence of the weights as the hub names it."""
+    license: str | None
+    """License of the weights as the hub names it."""
     note: str
-    """What to know before loading it: gated access, quantised weights. Often empty."""
+    """What to know before loading it: gated access, quantized weights. Often empty."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class IndexFile:
     """Digest of the joined file, hexadecimal."""
 
 
-# One line a family and licence: (family, licence, note, {alias: (hub repository, layers)}).
+# One line a family and license: (family, license, note, {alias: (hub repository, layers)}).
 _Row = tuple[str, str, str, dict[str, tuple[str, int]]]
 
-_GATED = "gated: accept the licence on the hub and log in"
+_GATED = "gated: accept the license on the hub and log in"
 
 _HUB_MODELS: tuple[_Row, ...] = (
     (
@@ -229,8 +229,8 @@ def _all_aliases() -> dict[str, ModelAlias]:
         ),
     ]
     on_the_hub = [
-        ModelAlias(name, source, family, layers, True, licence, note)
-        for family, licence, note, models in _HUB_MODELS
+        ModelAlias(name, source, family, layers, True, license, note)
+        for family, license, note, models in _HUB_MODELS
         for name, (source, layers) in models.items()
     ]
     return {alias.name: alias for alias in on_the_index + on_the_hub}

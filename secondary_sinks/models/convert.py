@@ -1,8 +1,8 @@
 """Convert a GGUF checkpoint into a folder that loads in a second.
 
-transformers can read a `.gguf` file, but it dequantises the weights every time (10 to 20 seconds
+transformers can read a `.gguf` file, but it dequantizes the weights every time (10 to 20 seconds
 for half a billion parameters), and the model it returns refuses to be saved. Here that is done
-once: the dequantised float32 weights are written as safetensors, which are memory-mapped when
+once: the dequantized float32 weights are written as safetensors, which are memory-mapped when
 they are loaded. The numbers do not change: logits of the folder equal those of the `.gguf` file
 bit for bit.
 
@@ -129,7 +129,7 @@ def discard(path: Path) -> None:
 def _write_folder(gguf: Path, folder: Path, digest: str, progress: bool) -> None:
     """Write model, tokenizer and record of `gguf` into the existing empty `folder`."""
     with quiet_transformers(progress):
-        # The bar over dequantised tensors does not listen to transformers' own switch.
+        # The bar over dequantized tensors does not listen to transformers' own switch.
         with nullcontext() if progress else redirect_stderr(io.StringIO()):
             model, tokenizer = _read_gguf(gguf)
         model.save_pretrained(folder)
@@ -150,11 +150,11 @@ def _write_folder(gguf: Path, folder: Path, digest: str, progress: bool) -> None
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer, with the normaliser of its class where that class is the right one.
+    """Write the tokenizer, with the normalizer of its class where that class is the right one.
 
-    A GGUF file names a rule for cutting text but no normaliser. When the class that transformers
+    A GGUF file names a rule for cutting text but no normalizer. When the class that transformers
     picks for the model cuts by the same rule, the tokenizer is that class's, and so is its
-    normaliser (Qwen2 composes accents, which the file alone would not).
+    normalizer (Qwen2 composes accents, which the file alone would not).
     """
     from transformers import AutoTokenizer
 
@@ -199,7 +199,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
         except OSError:
             shutil.copyfile(gguf, link)
         try:
-            dequantised = AutoModelForCausalLM.from_pretrained(
+            dequantized = AutoModelForCausalLM.from_pretrained(
                 alone, gguf_file=link.name, dtype=torch.float32
             )
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=link.name)
@@ -210,7 +210,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
                 f"{gguf} could not be read as a GGUF checkpoint: {one_line(error)}. Is it "
                 "truncated, or of an architecture that transformers cannot read from GGUF?"
             ) from error
-    return _without_quantisation(dequantised), tokenizer
+    return _without_quantisation(dequantized), tokenizer
 
 
 def _without_quantisation(model: Any) -> Any:

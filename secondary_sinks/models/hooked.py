@@ -62,7 +62,7 @@ def to_hooked(hf: Any, tokenizer: Any, device: Any, dtype: torch.dtype) -> Any:
     length = _check_length(hf.config)
     config = copy.deepcopy(hf.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # left by GGUF files, whose weights are dequantised
+        del config.quantization_config  # left by GGUF files, whose weights are dequantized
     config.architectures = [type(hf).__name__]
     if hasattr(config, "n_positions") and not hasattr(config, "n_ctx"):
         config.n_ctx = config.n_positions  # an old name in GPT-2's files, which is what is read

@@ -1,14 +1,14 @@
 """Load a causal language model, from wherever it is, as a TransformerLens model.
 
-Whatever the source, the result has *raw* weights: nothing folded into anything, nothing centred.
-Centring the writing weights changes residual vectors, their norms and their cosines, and those
+Whatever the source, the result has *raw* weights: nothing folded into anything, nothing centered.
+Centering the writing weights changes residual vectors, their norms and their cosines, and those
 are what a sink is defined by. The tokens of a text do not change either: `model.tokenizer(text)`
 gives exactly the tokens that the original tokenizer gives.
 
     model = load_model("smollm2-135m")                    # an alias; this one needs no hub
     model = load_model("Qwen/Qwen3-4B-Base", device="cuda", dtype=torch.bfloat16)   # a hub id
     model = load_model("./my-finetune")                   # a folder with safetensors
-    model = load_model("checkpoint.Q4_K_M.gguf")          # dequantised once, then cached
+    model = load_model("checkpoint.Q4_K_M.gguf")          # dequantized once, then cached
     model = load_model(hf_model, tokenizer=tokenizer)     # a model in memory
 
 Only an alias or a hub id downloads anything. Only safetensors and GGUF are read: a pickled
@@ -73,7 +73,7 @@ def load_model(
             TransformerLens 3 has.
         tokenizer: A Hugging Face tokenizer to use in place of the source's own. A model in memory
             has none, so it needs one. Yours is copied, not changed.
-        trust_remote_code: Let a hub repository or folder run its own modelling code. Off, a
+        trust_remote_code: Let a hub repository or folder run its own modeling code. Off, a
             model that needs it is refused.
         cache_dir: Folder for what is downloaded from the package index and for converted `.gguf`
             files; default as in `cache_folder`. Hub downloads stay in the hub's own cache.
@@ -249,14 +249,14 @@ def _explained(source: str, error: Exception, options: dict[str, Any]) -> LoadEr
     text = one_line(error)
     if "trust_remote_code" in str(error):
         return LoadError(
-            f"{source!r} wants to run modelling code of its own. If you have read it and trust "
+            f"{source!r} wants to run modeling code of its own. If you have read it and trust "
             "it, pass trust_remote_code=True."
         )
     if os.path.isdir(source):
         return LoadError(f"The model in {source} could not be read: {text}")
     if "GatedRepoError" in names:
         return LoadError(
-            f"{source!r} is gated: accept its licence on the hub and log in with `hf auth login`."
+            f"{source!r} is gated: accept its license on the hub and log in with `hf auth login`."
         )
     if "RevisionNotFoundError" in names:
         return LoadError(f"{source!r} has no revision {options.get('revision')!r} on the hub.")

@@ -9,7 +9,7 @@ are constructed, not trained, so that the whole truth is known, while the mechan
 * the MLP of `PlantedSink.writer` does the same for another token, if every one of the `feeders`
   (MLPs of earlier layers) has written its part of the feature that the writer reads;
 * in every layer at least half of the heads are *sink heads*: each query asks for tokens whose
-  normalised residual points along the sink direction. The other heads attend to random features;
+  normalized residual points along the sink direction. The other heads attend to random features;
 * *aligned decoys* get a vector along the sink direction and a mark that keys read as "do not look";
   *large decoys* are massive in another direction. Neither draws attention;
 * a *common component*, the same in every token, may share up to 0.95 of the sink direction, which

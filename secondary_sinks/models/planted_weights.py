@@ -24,7 +24,7 @@ both are on, their sum depends on the trigger no more, so an inexact feeder leav
 Trigger and constant shrink alike under RMSNorm, so the *sign* of a gate does not depend on the norm
 of the token. With the gain chosen so that a gate that is on has 200 or more, `silu(gate)` is linear
 there and exactly 0 in float32 for an ordinary token. The output weights are solved for the
-normalised input that really arrives.
+normalized input that really arrives.
 
 **An eraser** must not fire for a token whose writer was ablated (it would make an anti-sink), and
 must end a transplanted sink as well. So it reads nothing of the token, only what was written: a
@@ -159,7 +159,7 @@ class Write:
         self, layout: Layout, mid: Float[Tensor, "row d_model"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up [neuron, d_model] and down [d_model, neuron] for this token's inputs `mid`."""
-        x, const = normalised(mid), layout.unit(layout.const)
+        x, const = normalized(mid), layout.unit(layout.const)
         thresholds = TRIGGER * (1 - torch.tensor([[0.6], [0.3]]).double() / self.parts)
         gate = layout.unit(self.axis) - thresholds * const
         gate = gate * (GATE / (x @ gate[1]).mean())
@@ -196,24 +196,24 @@ class Erase:
         # Equal to x[sink] where the vector is present, 0 where it is not.
         tagged = layout.unit(self.tag) * (self.vector[layout.sink] / self.vector[self.tag])
         doses = torch.tensor(DOSES if self.dosed else (1.0,), dtype=mid.dtype)
-        x = normalised(mid + (doses[:, None] - 1) * self.vector)
+        x = normalized(mid + (doses[:, None] - 1) * self.vector)
         if self.dosed:
             # Neuron k is on above dose k - 1, that is where const / sink is below its hinge. The
             # last term keeps every other massive token, which lacks the tag, far below zero.
             lower = torch.cat([doses[:1] / 2, doses[:-1]])
             hinge = mid[layout.const] / (lower * self.vector[layout.sink])
             gate = hinge[:, None] * sink - const + 2 * hinge[0] * (tagged - sink)
-            gate = gate * (GATE / normalised(mid)[layout.const])
+            gate = gate * (GATE / normalized(mid)[layout.const])
         else:
             gate = (tagged - sink / 2 - const / 2)[None]
-            gate = gate * (GATE / (gate @ normalised(mid)))
+            gate = gate * (GATE / (gate @ normalized(mid)))
         up = sink.expand_as(gate)
         activation = functional.silu(x @ gate.T) * (x @ up.T)
         weights = torch.linalg.solve(activation, -doses)
         return gate, up, self.vector[:, None] * weights
 
 
-def normalised(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+def normalized(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     """RMSNorm with unit weights."""
     return x / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
 
@@ -328,7 +328,7 @@ class Solver:
 
     def _set_attention(self, index: int, resid: Float[Tensor, "row pos d_model"]) -> None:
         plan, layout = self.plan, self.layout
-        x = normalised(resid)[self.ordinary]
+        x = normalized(resid)[self.ordinary]
         width = plan.d_model // plan.n_heads
         # The slowest rotary pair: with theta = 1e6 it hardly turns within thousands of tokens.
         low, partner = width // 2 - 1, width - 1
@@ -377,7 +377,7 @@ class Solver:
         return gate, up, down * (self.plan.noise / math.sqrt(self.plan.n_layers) / size)
 
     def _set_mlp(self, index: int, mid: Float[Tensor, "row pos d_model"]) -> None:
-        neurons = [self._random_neurons(normalised(mid)[self.ordinary])]
+        neurons = [self._random_neurons(normalized(mid)[self.ordinary])]
         neurons += [
             part.neurons(self.layout, mid[self.probe == part.token])
             for part in self.parts

@@ -40,7 +40,7 @@ def test_every_row_is_well_formed():
         assert alias.source.count("/") == 1
         assert alias.source.lower() == alias.source.lower().strip()
         assert alias.layers is not None
-        assert alias.licence
+        assert alias.license
         assert ("gated" in alias.note) == alias.source.startswith("meta-llama/")
     sources = [alias.source for alias in ALIASES.values()]
     assert len(set(sources)) == len(sources)

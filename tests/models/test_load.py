@@ -52,7 +52,7 @@ def tiny_llama(**changes):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     config = LlamaConfig(vocab_size=len(WORDS), **sizes, **heads, **changes)
-    # Far from the small default initialisation, so that a lost or swapped weight shows.
+    # Far from the small default initialization, so that a lost or swapped weight shows.
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -90,7 +90,7 @@ def test_a_folder_keeps_numbers_tokens_and_raw_weights(folder):
     assert not model.training
     assert model.cfg.n_layers == 2
     assert model.cfg.model_name == "tiny"
-    # Raw: the norm's weights are neither folded nor the writing weights centred.
+    # Raw: the norm's weights are neither folded nor the writing weights centered.
     written = model.blocks[0].mlp.out.weight
     assert torch.equal(written, original.model.layers[0].mlp.down_proj.weight)
     gain = model.blocks[1].ln2.weight
@@ -178,7 +178,7 @@ def test_an_alias_from_the_package_index_speaks():
 
 
 def write_gguf(path):
-    """A tiny Llama in GGUF, its matrices quantised to 8 bits."""
+    """A tiny Llama in GGUF, its matrices quantized to 8 bits."""
     hf = tiny_llama()
     writer = gguf.GGUFWriter(path, "llama")
     config = hf.config
@@ -231,7 +231,7 @@ def test_a_gguf_file_is_converted_without_changing_a_bit(tmp_path, monkeypatch, 
     converted = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     assert torch.equal(logits_of(converted), logits_of(direct))
     assert torch.allclose(logits_of(model), logits_of(direct), atol=1e-5)
-    assert not torch.allclose(logits_of(direct), logits_of(tiny_llama()), atol=1e-5)  # quantised
+    assert not torch.allclose(logits_of(direct), logits_of(tiny_llama()), atol=1e-5)  # quantized
     assert list(converted.state_dict()) == list(direct.state_dict())
     assert sorted(item.name for item in tmp_path.iterdir()) == ["cache", "tiny.gguf"]
     assert path.read_bytes() == before
@@ -270,7 +270,7 @@ def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
         load_model(path, cache_dir=tmp_path / "cache", progress=False)
 
 
-def test_a_gguf_tokenizer_gets_its_normaliser_back_where_it_is_known(tmp_path):
+def test_a_gguf_tokenizer_gets_its_normalizer_back_where_it_is_known(tmp_path):
     from transformers import Qwen2Tokenizer
 
     from secondary_sinks.models.convert import _save_tokenizer
