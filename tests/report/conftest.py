@@ -37,7 +37,14 @@ def _invented(
         layers = tuple(range(start, end))
         n = len(layers)
         evidence = Evidence(
-            (0.98,) * n, (0.98,) * n, (200.0,) * n, (20.0,) * n, (0.05,) * n, 40.0, 100
+            alignment=(0.98,) * n,
+            centered_alignment=(0.98,) * n,
+            norm=(200.0,) * n,
+            norm_ratio=(20.0,) * n,
+            centered_norm_ratio=(22.0,) * n,
+            sink_score=(0.05,) * n,
+            attention_ratio=40.0,
+            n_queries=100,
         )
         kind = "primary" if position == 0 else "secondary"
         sinks.append(Sink(position, TOKENS[position % 6], 5 + position, kind, layers, evidence))
