@@ -107,9 +107,9 @@ def apply_edit(one: Intervention, value: Tensor, clean: Tensor, ordinary: Tensor
 
     Args:
         one: the intervention.
-        value: [*shape], the token's activation.
-        clean: [token, *shape], all clean tokens'.
-        ordinary: [token].
+        value: the token's activation, `[*shape]`.
+        clean: all clean tokens', `[token, *shape]`.
+        ordinary: which tokens are ordinary ones, `[token]`.
     """
     edited = value.clone()
     part = value[one.index]
