@@ -41,6 +41,12 @@ _HOME = {
     "list_models": "models.load",
     "counterfactuals": "questions.counterfactuals",
     "CounterfactualRows": "questions.counterfactuals",
+    "attribute_to_mlps": "questions.attribute_to_mlps",
+    "MlpAttribution": "explain.attribution",
+    "dose_response": "questions.dose_response",
+    "DoseResponse": "questions.dose_response",
+    "remove_sinks": "questions.remove_sinks",
+    "SinkRemoval": "explain.removal",
     "Intervention": "intervene.interventions",
     **dict.fromkeys(
         ("Add", "KeepOnly", "Mean", "ProjectOut", "Replace", "Resample", "Scale", "Zero"),

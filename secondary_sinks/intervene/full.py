@@ -20,6 +20,7 @@ from torch import Tensor
 from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks
+from secondary_sinks.intervene.whole_text import output_change
 from secondary_sinks.models.host import Editor, Site, UserHook, forward
 
 
@@ -166,12 +167,5 @@ def _frozen_scores(
 
 def _on_output(logits: Tensor, clean: CleanRun) -> tuple[float, float, float, float]:
     """Loss under the edit, clean loss, KL divergence, share of changed first choices."""
-    log_probabilities = logits.float().log_softmax(dim=-1)
-    reference, edited = log_probabilities[0], log_probabilities[1]
-    following = clean.tokens[1:].to(logits.device)
-    clean_loss, loss = (
-        -float(one[:-1].gather(1, following[:, None]).mean()) for one in (reference, edited)
-    )
-    kl = float((reference.exp() * (reference - edited)).sum(dim=-1).mean())
-    changed = float((reference.argmax(dim=-1) != edited.argmax(dim=-1)).float().mean())
-    return loss, clean_loss, kl, changed
+    unedited, edited = (output_change(logits[0], one, clean.tokens) for one in logits)
+    return edited.loss, unedited.loss, edited.kl, edited.top1_share
