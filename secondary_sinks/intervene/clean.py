@@ -43,6 +43,15 @@ class CleanRun:
     kind_of_layer: tuple[int, ...]
     """Index into `visible` of every layer."""
 
+    @property
+    def shows_scores(self) -> bool:
+        """Whether the hook of the scores shows scores.
+
+        In some architectures it fires after the softmax, with the weights, and nothing is hidden
+        there; then `visible` says nothing and the scores cannot be edited.
+        """
+        return all(bool((~kind[0, 1:]).all()) for kind in self.visible)
+
     @classmethod
     def of(cls, model: Any, sinks: SinkMap, *, fwd_hooks: Sequence[UserHook] = ()) -> CleanRun:
         """Run the tokens of a sink map once more and keep what rows need."""

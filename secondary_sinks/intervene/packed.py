@@ -13,25 +13,29 @@ Its keys, scored by the clean queries of the same pass, give the direct sink sco
 clean log-sum-exp of a query, `a` its clean logit to the token and `b` its logit to the row's key,
 the token's new weight is `exp(b - logaddexp(lse + log1p(-exp(a - lse)), b))`.
 
-All masking is done in the hook of the attention scores, which sees the raw logits when the model is
-given a mask of zeros. That keeps sliding windows right, where a mask given to the model would be
-applied to every layer alike. Not every architecture lets the scores be edited, and none says so:
-`questions.counterfactuals` therefore tests a model against the oracle before it trusts this engine.
+All masking is done in the hook of the attention scores, which sees the raw logits when a bridge is
+given a mask of zeros (for `HookedTransformer`, see `hooked_rows`). That keeps sliding windows
+right, where a mask given to the model would be applied to every layer alike. Not every architecture
+lets the scores be edited, and none says so: `questions.counterfactuals` therefore tests a model
+against the oracle before it trusts this engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from secondary_sinks.errors import ModelError
 from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.intervene.hooked_rows import standing_at
 from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks
-from secondary_sinks.models.host import Editor, Site, UserHook, forward
+from secondary_sinks.models.host import Editor, Site, UserHook, describe, forward
 
 
 def run_packed(
@@ -44,13 +48,16 @@ def run_packed(
     """Run all rows in one forward pass; see the module's description.
 
     The rows must fit into memory with the text: attention is of (T + rows) squared.
+
+    Raises:
+        ModelError: the model's hook of the scores does not show scores.
     """
+    if not clean.shows_scores:
+        raise ModelError("the hook of the attention scores shows weights; rows cannot be masked")
     n_tokens, n_rows = len(clean.tokens), len(rows)
     positions = torch.tensor([row[0].position for row in rows])
     tokens = torch.cat([clean.tokens, clean.tokens[positions]])[None]
-    position_ids = torch.cat([torch.arange(n_tokens), positions])[None]
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    length = n_tokens + n_rows
+    stands_at = torch.cat([torch.arange(n_tokens), positions])
     places: list[Place] = [(0, n_tokens + row) for row in range(n_rows)]
     meter = RowMeter(clean, places)
     keys = _KeyMeter(clean, positions)
@@ -63,14 +70,14 @@ def run_packed(
             (Site("pattern", layer), keys.pattern_reader(layer)),
         )
     ]
-    forward(
-        model,
-        tokens,
-        [*edit_hooks(rows, places, clean), *meter.editors(), *attention],
-        fwd_hooks=fwd_hooks,
-        attention_mask=torch.zeros(1, 1, length, length, dtype=dtype),
-        position_ids=position_ids,
-    )
+    with _unmasked_at(model, stands_at) as arguments:
+        forward(
+            model,
+            tokens,
+            [*edit_hooks(rows, places, clean), *meter.editors(), *attention],
+            fwd_hooks=fwd_hooks,
+            **arguments,
+        )
     return RowStates(
         meter.alignment,
         meter.centered_alignment,
@@ -78,6 +85,20 @@ def run_packed(
         meter.centered_norm,
         keys.direct_score,
     )
+
+
+@contextmanager
+def _unmasked_at(model: Any, stands_at: Int[Tensor, "packed"]) -> Iterator[dict[str, Any]]:
+    """Arguments with which, within the context, the model runs a sequence whose tokens stand at
+    the given positions and whose scores nothing masks."""
+    length = len(stands_at)
+    if describe(model).generation == "bridge":
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        mask = torch.zeros(1, 1, length, length, dtype=dtype)
+        yield {"attention_mask": mask, "position_ids": stands_at[None]}
+    else:
+        with standing_at(model, stands_at):
+            yield {"attention_mask": torch.ones(1, length, dtype=torch.long)}
 
 
 def _with_rows(

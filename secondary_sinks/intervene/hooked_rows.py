@@ -1,0 +1,89 @@
+"""Packed rows in a `HookedTransformer`, which takes neither positions nor a mask of one's own.
+
+`HookedTransformer` computes positions and masks from the sequence index. While rows stand behind
+the text, the tables that it looks positions up in (learned embeddings, rotary sines and cosines,
+ALiBi biases) are exchanged for tables in the order of the packed sequence, and its causal mask for
+none, so that the hook of the scores sees the raw logits and does all masking, as in a bridge. What
+was exchanged is attributes of instances; every one is put back, also when the pass raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from secondary_sinks.errors import ModelError
+
+_MISSING = object()
+
+
+@contextmanager
+def standing_at(model: Any, positions: Int[Tensor, "packed"]) -> Iterator[None]:
+    """Within it, sequence index `i` of any input is at position `positions[i]`, and sees all keys.
+
+    Args:
+        model: a `HookedTransformer`, which has run a text as long as the largest position before
+            (its tables grow with the longest text).
+        positions: of every token of the packed sequence.
+
+    Raises:
+        ModelError: the model's positions depend on the length of the sequence (dynamic rotary
+            scaling, log-n scaling of queries), so rows behind the text would change the text.
+    """
+    cfg = model.cfg
+    if getattr(cfg, "use_dynamic_ntk_rope", False) or getattr(cfg, "use_logn_attn", False):
+        raise ModelError("positions depend on the length of the sequence; rows cannot be packed")
+    with ExitStack() as stack:
+        if hasattr(model, "pos_embed"):
+            learned = model.pos_embed.W_pos
+            embedded = learned[positions.to(learned.device)]
+
+            def embed(tokens: Tensor, *_: Any, **__: Any) -> Float[Tensor, "batch packed d_model"]:
+                return embedded.expand(len(tokens), -1, -1)
+
+            stack.enter_context(_exchanged(model.pos_embed, "forward", embed))
+        for block in model.blocks:
+            attention = block.attn
+            stack.enter_context(_exchanged(attention, "apply_causal_mask", _unmasked))
+            for name in ("rotary_cos", "rotary_sin"):
+                table = getattr(attention, name, None)
+                if table is not None:
+                    gathered = table[positions.to(table.device)]
+                    stack.enter_context(_exchanged(attention, name, gathered))
+            bias = getattr(attention, "alibi", None)
+            if bias is not None:
+                index = positions.to(bias.device)
+                gathered = bias[:, index][:, :, index]
+                stack.enter_context(_exchanged(attention, "alibi", gathered))
+        yield
+
+
+def _unmasked(scores: Tensor, *_: Any, **__: Any) -> Tensor:
+    return scores
+
+
+@contextmanager
+def _exchanged(module: Any, name: str, value: Any) -> Iterator[None]:
+    """`module.name` is `value` within the context, and as it was afterwards."""
+    if name in module._buffers:
+        before = module._buffers[name]
+        module._buffers[name] = value
+        try:
+            yield
+        finally:
+            module._buffers[name] = before
+        return
+    attributes = vars(module)  # of the instance alone: methods are uncovered again, not copied
+    before = attributes.get(name, _MISSING)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            del attributes[name]
+        else:
+            attributes[name] = before
