@@ -1,0 +1,227 @@
+"""Which MLP made each sink: is it necessary, is it sufficient, does it write the vector itself?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from secondary_sinks.errors import InputError
+from secondary_sinks.explain.attribution import (
+    Ablation,
+    DirectWrite,
+    MlpAttribution,
+    SinkAttribution,
+    Transplant,
+)
+from secondary_sinks.explain.sinks import Sink, SinkMap
+from secondary_sinks.explain.writers import Control, compare, judge
+from secondary_sinks.intervene.interventions import Intervention
+from secondary_sinks.models.host import UserHook
+from secondary_sinks.models.text import Text
+from secondary_sinks.questions.attribution_rows import ControlPlan, Sweep, Target
+from secondary_sinks.questions.counterfactuals import CounterfactualRows, Method, counterfactuals
+from secondary_sinks.questions.detect_sinks import detect_sinks
+from secondary_sinks.questions.direct_writes import direct_writes
+
+
+def attribute_to_mlps(
+    model: Any,
+    text: Text | SinkMap,
+    sinks: SinkMap | None = None,
+    *,
+    which: Literal["secondary"] | Sequence[Sink] = "secondary",
+    attention: bool = True,
+    n_controls: int = 8,
+    seed: int = 0,
+    method: Method = "auto",
+    chat: bool = False,
+    progress: bool | None = None,
+    fwd_hooks: Sequence[UserHook] = (),
+) -> MlpAttribution:
+    """Find the MLP that wrote each sink, and the earlier layers that it needs.
+
+    For every sink and every layer: *necessity* (that MLP's output at the token zeroed, and set to
+    the mean of ordinary tokens; the same for attention blocks), *sufficiency* (that MLP's output at
+    the token in the place of the same MLP's output at ordinary tokens nearby), and *direct write*
+    (what each block adds along the sink direction `(r - c) / |r - c|`, with `r` the primary's
+    residual and `c` the common component after the sink's onset layer; it is checked that the parts
+    add up). The writer is the layer up to the onset that writes the largest part, if it is also
+    necessary and sufficient; feeders are earlier layers that are necessary and write little. The
+    rule, with its thresholds, is `explain.writers.judge`. A sink whose tests disagree has
+    `writer=None` and a `reason`.
+
+    Controls are part of the result: what zeroing the same layer does to matched ordinary tokens and
+    to the same token id where it is no sink; what random other layers do; and what becomes of the
+    matched tokens when they get, in the place of the writer's output, random directions of its
+    norm, or the same layer's output of such other tokens.
+
+    What it is not evidence for: that the sink matters for the output of the model (nothing here
+    looks at later tokens), or that a feeder acts through the writer's input alone. A zeroed layer 0
+    leaves a token that the model never sees, so its necessity says little.
+
+    Args:
+        model: any TransformerLens model.
+        text: one text (see `detect_sinks`), or its sink map.
+        sinks: the text's sink map, if it is there already.
+        which: "secondary" for all secondary sinks, or some sinks of the map.
+        attention: sweep the attention blocks as well.
+        n_controls: how many matched tokens are transplanted into, and how many controls of each
+            kind there are at most; a short text has fewer.
+        seed: of every random choice; recorded with the result.
+        method: engine of the rows; see `counterfactuals`.
+        chat: the string goes through the chat template.
+        progress: show a progress bar; None shows one for more than one pass.
+        fwd_hooks: hooks of your own, in force in every pass.
+
+    Returns:
+        `MlpAttribution`: a record for each sink, every effect as [sink, layer].
+
+    Raises:
+        InputError: no secondary sinks in the text, sinks that are not in the map, a sink map of
+            another model, text or criterion, or several texts.
+        ModelError: the parts of a residual do not add up in this model, or it cannot be measured.
+    """
+    if n_controls < 1:
+        raise InputError(f"n_controls is {n_controls}; it must be 1 or more")
+    found = sink_map_of(model, text, sinks, chat=chat, fwd_hooks=fwd_hooks)
+    targets = [
+        Target.of(found, sink, n_controls=n_controls, seed=seed) for sink in _chosen(found, which)
+    ]
+    n_layers = int(found.model["n_layers"])
+    # A tensor goes along with its map, so that a map of other tokens is refused.
+    source = text if isinstance(text, Tensor) else found
+
+    def run(interventions: list[Intervention]) -> CounterfactualRows:
+        return counterfactuals(
+            model,
+            source,
+            interventions,
+            sinks=None if isinstance(source, SinkMap) else found,
+            method=method,
+            progress=progress,
+            fwd_hooks=fwd_hooks,
+        )
+
+    sweep = Sweep(targets, n_layers, attention=attention)
+    rows = run(sweep.interventions)
+    writes = direct_writes(model, found, [target.sink for target in targets], fwd_hooks=fwd_hooks)
+    candidates = [
+        int(writes.excess[index, : target.sink.l_start + 1].argmax())
+        for index, target in enumerate(targets)
+    ]
+    plan = ControlPlan(targets, candidates, seed)
+    others = run(plan.interventions) if plan.interventions else None
+    ablations = {
+        name: sweep.ablation(rows, name)
+        for name in ("mlp_zero", "mlp_mean", "attention_zero", "attention_mean")
+    }
+    transplant = sweep.transplant(rows)
+    controls: list[Control] = []
+    records: list[SinkAttribution] = []
+    for index, target in enumerate(targets):
+        own = [
+            *sweep.controls(rows, index, candidates[index], n_controls, seed),
+            *plan.controls(others, index),
+        ]
+        controls += own
+        records.append(_record(index, target, ablations, transplant, writes, own, seed))
+    return MlpAttribution(
+        sinks=tuple(records),
+        n_layers=n_layers,
+        transplant=transplant,
+        direct_write=writes,
+        controls=tuple(controls),
+        seed=seed,
+        engine=rows.engine,
+        model=found.model,
+        primary_position=found.primary_position,
+        **ablations,  # type: ignore[arg-type]
+    )
+
+
+def sink_map_of(
+    model: Any,
+    text: Text | SinkMap,
+    sinks: SinkMap | None,
+    *,
+    chat: bool,
+    fwd_hooks: Sequence[UserHook],
+) -> SinkMap:
+    """The text's sink map: as given, or found now."""
+    if isinstance(text, SinkMap):
+        found: SinkMap | list[SinkMap] = text
+    else:
+        found = sinks or detect_sinks(model, text, chat=chat, fwd_hooks=fwd_hooks)
+    if not isinstance(found, SinkMap):
+        raise InputError("several texts: ask about one at a time")
+    if found.centered_alignment is None or found.centered_norm is None or found.tokens is None:
+        raise InputError("the sink map must come from detect_sinks with criterion='evidence'")
+    return found
+
+
+def _chosen(sinks: SinkMap, which: Literal["secondary"] | Sequence[Sink]) -> list[Sink]:
+    if isinstance(which, str):
+        if which != "secondary":
+            raise InputError(f"which={which!r}; use 'secondary' or a sequence of sinks")
+        chosen = sinks.secondary
+        if not chosen:
+            raise InputError(
+                "no secondary sinks in this text, so there is nothing to attribute: see "
+                "detect_sinks(...).margins() for the tokens that came nearest, detect with a lower "
+                "threshold, or pass which=sinks.primary to ask about the primary"
+            )
+        return chosen
+    chosen = list(which)
+    if not chosen:
+        raise InputError("which is empty; pass 'secondary' or some of the map's sinks")
+    strangers = [sink for sink in chosen if not has_sink(sinks, sink)]
+    if strangers:
+        raise InputError(f"{strangers[0]!r} is not a sink of this map")
+    return chosen
+
+
+def has_sink(sinks: SinkMap, sink: Sink) -> bool:
+    """Whether the map holds that life of that token."""
+    return any((s.position, s.layers) == (sink.position, sink.layers) for s in sinks.sinks)
+
+
+def _record(
+    index: int,
+    target: Target,
+    ablations: Mapping[str, Ablation | None],
+    transplant: Transplant,
+    writes: DirectWrite,
+    controls: Sequence[Control],
+    seed: int,
+) -> SinkAttribution:
+    sink = target.sink
+    without = ablations["mlp_zero"]
+    if without is None:
+        raise InputError("the MLPs were not swept")
+    verdict = judge(
+        writes.excess[index],
+        float(writes.excess_projection[index, sink.l_start]),
+        without.lifetime[index],
+        transplant.share[index],
+        sink.l_start,
+    )
+    attention = ablations["attention_zero"]
+    needed: list[int] = []
+    if attention is not None:
+        up_to_onset = attention.lifetime[index, : sink.l_start + 1]
+        needed = (up_to_onset == 0).nonzero().flatten().tolist()
+    return SinkAttribution(
+        position=sink.position,
+        token=sink.token,
+        token_id=sink.token_id,
+        onset=sink.l_start,
+        lifetime=target.clean_lifetime,
+        norm=target.clean_norm(),
+        alignment=target.clean_alignment(),
+        score=target.clean_score(),
+        verdict=verdict,
+        attention_feeders=tuple(needed),
+        comparison=compare(controls, seed=seed),
+    )

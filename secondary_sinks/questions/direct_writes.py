@@ -1,0 +1,97 @@
+"""What each block writes into a token's residual along the sink direction, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from secondary_sinks.errors import ModelError
+from secondary_sinks.explain.attribution import DirectWrite
+from secondary_sinks.explain.sinks import Sink, SinkMap
+from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.models.host import UserHook, describe
+from secondary_sinks.observe.collectors import Collector, Run
+from secondary_sinks.observe.trace import Trace, trace
+
+
+def direct_writes(
+    model: Any, sinks: SinkMap, chosen: Sequence[Sink], *, fwd_hooks: Sequence[UserHook] = ()
+) -> DirectWrite:
+    """Project every block's output at every sink's token on that sink's direction.
+
+    The direction is that of the primary's residual without the common component after the sink's
+    onset layer, of length 1. The residual stream is a sum, so the parts up to a layer must add up
+    to the projection of the residual after it; that is checked.
+
+    Raises:
+        ModelError: they do not.
+    """
+    clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks)
+    onsets = [sink.l_start for sink in chosen]
+    directions = torch.nn.functional.normalize(clean.primary[onsets] - clean.common[onsets], dim=-1)
+    collector = _Projections([sink.position for sink in chosen], directions, clean.ordinary)
+    tokens = cast(Tensor, sinks.tokens)
+    found = cast(Trace, trace(model, tokens, [collector], fwd_hooks=fwd_hooks))["_Projections"]
+    parts, ordinary, norm, eps = found
+    embedding = parts["resid_pre"][:, 0]
+    summed = embedding[:, None] + (parts["mlp_out"] + parts["attn_out"]).cumsum(dim=1)
+    # Rounding of a massive residual stays in the sum after the massive part was erased.
+    scale = norm.cummax(dim=1).values
+    error = float(((summed - parts["resid_post"]).abs() / scale).max())
+    allowed = max(1e-4, 2 * eps * norm.shape[1] ** 0.5)
+    if not error <= allowed:
+        raise ModelError(
+            f"in {describe(model).name!r} the outputs of the blocks do not add up to the residual "
+            f"stream along the sink direction (relative error {error:.1e}), so no part of it can "
+            "be ascribed to an MLP; a hook that edits the residual stream itself does this: remove "
+            "it (model.reset_hooks(), fwd_hooks=())"
+        )
+    return DirectWrite(
+        embedding=embedding,
+        mlp=parts["mlp_out"],
+        attention=parts["attn_out"],
+        projection=parts["resid_post"],
+        ordinary_mlp=ordinary["mlp_out"],
+        ordinary_projection=ordinary["resid_post"],
+        error=error,
+    )
+
+
+class _Projections(Collector):
+    """Projections of what a few tokens get, and of what ordinary tokens get on average."""
+
+    sites = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+
+    def __init__(
+        self,
+        positions: Sequence[int],
+        directions: Float[Tensor, "sink d_model"],
+        ordinary: Bool[Tensor, "token"],
+    ):
+        self._positions = list(positions)
+        self._directions = directions
+        self._ordinary = ordinary
+
+    def start(self, run: Run) -> None:
+        shape = (len(self._positions), run.n_layers)
+        self._parts = {site: torch.zeros(shape) for site in self.sites}
+        self._means = {site: torch.zeros(shape) for site in self.sites}
+        self._norm = torch.zeros(shape)
+        self._eps = 0.0
+
+    def update(self, site: str, layer: int | None, activation: Tensor) -> None:
+        own = activation[self._positions].float().cpu()
+        self._parts[site][:, layer] = (own * self._directions).sum(dim=-1)
+        if site in ("mlp_out", "resid_post"):
+            mean = activation[self._ordinary.to(activation.device)].float().mean(dim=0).cpu()
+            self._means[site][:, layer] = self._directions @ mean
+        if site == "resid_post":
+            self._norm[:, layer] = own.norm(dim=-1)
+            self._eps = max(self._eps, torch.finfo(activation.dtype).eps)
+
+    def result(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float]:
+        return self._parts, self._means, self._norm, self._eps

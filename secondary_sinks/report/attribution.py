@@ -1,0 +1,114 @@
+"""An attribution as a picture: which layers a sink needs, and which of them writes it.
+
+Two heat maps side by side, one row a sink and one column a layer. On the left, necessity: the share
+of the sink's life that is lost when that MLP's output at its token is zeroed; on the right, the
+direct write: what that MLP adds along the sink direction, over the residual's own projection after
+the onset (both beyond ordinary tokens). The writer is the cell that is dark in both, and outlined;
+feeders are dark on the left alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from secondary_sinks.errors import InputError
+from secondary_sinks.explain.attribution import MlpAttribution
+from secondary_sinks.report.style import (
+    COLORS,
+    SMALL,
+    add_panel,
+    new_figure,
+    styled,
+    text_width,
+    visible,
+)
+
+_TOP, _BOTTOM, _GAP, _RIGHT, _BAR = 0.35, 0.45, 0.3, 0.15, 0.08  # inches
+_ROW = 0.16
+_MAX_ROWS = 60
+
+
+def plot_attribution(attribution: MlpAttribution, *, cell: float = 0.11) -> Figure:
+    """Heat maps of necessity and of direct write, sinks by layers, with the writers outlined.
+
+    Args:
+        attribution: at most 60 sinks of it are drawn, from the first.
+        cell: width of a layer in inches.
+
+    Returns:
+        A matplotlib `Figure`.
+
+    Raises:
+        InputError: a `cell` that is not above 0.
+    """
+    if not cell > 0:
+        raise InputError(f"cell is {cell} inches; it must be above 0")
+    n = min(len(attribution.sinks), _MAX_ROWS)
+    labels = [f"{s.position} {visible(s.token, limit=8)}" for s in attribution.sinks[:n]]
+    left = max(text_width(label) for label in labels) + 0.3
+    width, height = max(attribution.n_layers * cell, 1.9), max(n * _ROW, 0.5)
+    bars = _GAP + _BAR + 0.45
+    with styled():
+        figure = new_figure(left + 2 * (width + bars) + _RIGHT, _TOP + height + _BOTTOM)
+        panels = (
+            ("necessity: share of the life lost", _life_lost(attribution)[:n], "Greys", 0.0),
+            ("direct write: share of the sink", _write_share(attribution)[:n], "RdGy_r", -1.0),
+        )
+        for number, (title, values, colors, least) in enumerate(panels):
+            x = left + number * (width + bars)
+            axes = add_panel(figure, x, _TOP, width, height)
+            image = axes.imshow(
+                values, aspect="auto", cmap=colors, vmin=least, vmax=1, interpolation="nearest"
+            )
+            axes.set_title(title)
+            axes.set_xlabel("layer of the MLP")
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+            axes.set_yticks(
+                range(n),
+                labels if number == 0 else [""] * n,
+                family="DejaVu Sans Mono",
+                parse_math=False,
+            )
+            axes.tick_params(axis="y", length=0)
+            _outline_writers(axes, attribution, n)
+            place = add_panel(figure, x + width + 0.1, _TOP, _BAR, height)
+            bar = figure.colorbar(image, cax=place, ticks=[least, 0, 1] if least else [0, 1])
+            bar.outline.set_linewidth(0.4)
+        rest = len(attribution.sinks) - n
+        if rest > 0:
+            figure.text(0.01, 0.01, f"and {rest} more sinks", fontsize=SMALL)
+    return figure
+
+
+def _life_lost(attribution: MlpAttribution) -> np.ndarray:
+    clean = np.array([sink.lifetime for sink in attribution.sinks])[:, None]
+    lost: np.ndarray = 1 - attribution.mlp_zero.lifetime.numpy() / clean
+    return lost.clip(0, 1)
+
+
+def _write_share(attribution: MlpAttribution) -> np.ndarray:
+    written = attribution.direct_write
+    whole = [written.excess_projection[i, s.onset] for i, s in enumerate(attribution.sinks)]
+    share: np.ndarray = written.excess.numpy() / np.array(whole)[:, None]
+    return share.clip(-1, 1)
+
+
+def _outline_writers(axes: Axes, attribution: MlpAttribution, n: int) -> None:
+    for row, sink in enumerate(attribution.sinks[:n]):
+        if sink.writer is None:
+            continue
+        axes.add_patch(
+            Rectangle(
+                (sink.writer - 0.5, row - 0.5),
+                1,
+                1,
+                fill=False,
+                edgecolor=COLORS["secondary"],
+                linewidth=1.2,
+                gid="writer",
+            )
+        )
