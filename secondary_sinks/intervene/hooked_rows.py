@@ -40,7 +40,7 @@ def standing_at(model: Any, positions: Int[Tensor, "packed"]) -> Iterator[None]:
     with ExitStack() as stack:
         if hasattr(model, "pos_embed"):
             learned = model.pos_embed.W_pos
-            embedded = learned[positions.to(learned.device)]
+            embedded: Tensor = learned[positions.to(learned.device)]
 
             def embed(tokens: Tensor, *_: Any, **__: Any) -> Float[Tensor, "batch packed d_model"]:
                 return embedded.expand(len(tokens), -1, -1)

@@ -1,13 +1,13 @@
 """What every engine returns for its rows, and the hooks that edit and measure them.
 
 An engine decides where in the model's input a row stands (`Place`): behind the clean tokens of the
-same sequence, or in a copy of the text. Editing and measuring are the same for all.
+same sequence, in a copy of the text, or alone. Editing and measuring are the same for all.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,7 @@ from secondary_sinks.intervene.interventions import Intervention, Row, apply_edi
 from secondary_sinks.models.host import Editor, Site
 
 Place = tuple[int, int]
-"""Batch row and sequence index at which a row's token stands; batch row 0 begins with the clean
-tokens."""
+"""Batch row and sequence index at which a row's token stands."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,23 @@ class RowMeter:
 
 
 def edit_hooks(
-    rows: Sequence[Row], places: Sequence[Place], clean: CleanRun
+    rows: Sequence[Row],
+    places: Sequence[Place],
+    clean: CleanRun,
+    recorded: Mapping[Site, Tensor] | None = None,
 ) -> list[tuple[Site, Editor]]:
     """The functions that put every row's edits in its place.
 
-    The clean activations that an edit may want are read from the same pass: the first tokens of
-    batch row 0 are clean in every engine.
+    The clean activations that an edit may want are read from the same pass, in which the first
+    tokens of batch row 0 are the clean text; or from `recorded` ([token, *shape] for each edited
+    site, and for `resid_pre` and `attn_out` where `resid_mid` is edited), if the pass holds no
+    clean text.
     """
     n_tokens = len(clean.tokens)
+
+    def clean_at(site: Site, activation: Tensor) -> Tensor:
+        return activation[0, :n_tokens] if recorded is None else recorded[site]
+
     at: dict[Site, list[tuple[Intervention, Place]]] = defaultdict(list)
     for row, place in zip(rows, places, strict=True):
         for one in row:
@@ -87,16 +95,21 @@ def edit_hooks(
     # Within a layer in the order of computation, so that `resid_mid` sees an edited `attn_out`.
     for site, edits in at.items():
         if site.name != "resid_mid":
-            hooks.append((site, _editor(edits, n_tokens, clean.ordinary)))
+            hooks.append((site, _editor(site, edits, clean_at, clean.ordinary)))
     for site, edits in at.items():
         if site.name == "resid_mid":
-            hooks.extend(_resid_mid_editors(site, edits, n_tokens, clean.ordinary))
+            hooks.extend(_resid_mid_editors(site, edits, clean_at, clean.ordinary))
     return hooks
 
 
-def _editor(edits: list[tuple[Intervention, Place]], n_tokens: int, ordinary: Tensor) -> Editor:
+_CleanAt = Callable[[Site, Tensor], Tensor]
+
+
+def _editor(
+    site: Site, edits: list[tuple[Intervention, Place]], clean_at: _CleanAt, ordinary: Tensor
+) -> Editor:
     def edit(activation: Tensor) -> Tensor:
-        clean = activation[0, :n_tokens]
+        clean = clean_at(site, activation)
         edited = activation.clone()
         for one, (batch, index) in edits:
             edited[batch, index] = apply_edit(one, edited[batch, index], clean, ordinary)
@@ -106,7 +119,7 @@ def _editor(edits: list[tuple[Intervention, Place]], n_tokens: int, ordinary: Te
 
 
 def _resid_mid_editors(
-    site: Site, edits: list[tuple[Intervention, Place]], n_tokens: int, ordinary: Tensor
+    site: Site, edits: list[tuple[Intervention, Place]], clean_at: _CleanAt, ordinary: Tensor
 ) -> list[tuple[Site, Editor]]:
     """`resid_mid` is edited through `attn_out`.
 
@@ -114,18 +127,19 @@ def _resid_mid_editors(
     reach the MLP and not the residual stream. Adding the change to the attention's output reaches
     both.
     """
+    before_attention, attention = Site("resid_pre", site.layer), Site("attn_out", site.layer)
     before: list[Tensor] = []
 
     def remember(activation: Tensor) -> None:
         before.append(activation)
 
     def edit(activation: Tensor) -> Tensor:
-        middle = before.pop() + activation
+        residual = before.pop()
+        clean = clean_at(before_attention, residual) + clean_at(attention, activation)
         edited = activation.clone()
         for one, (batch, index) in edits:
-            value = middle[batch, index]
-            new = apply_edit(one, value, middle[0, :n_tokens], ordinary)
-            edited[batch, index] += new - value
+            value = residual[batch, index] + edited[batch, index]
+            edited[batch, index] += apply_edit(one, value, clean, ordinary) - value
         return edited
 
-    return [(Site("resid_pre", site.layer), remember), (Site("attn_out", site.layer), edit)]
+    return [(before_attention, remember), (attention, edit)]

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.explain.sinks import SinkMap
+from secondary_sinks.intervene.batched import run_batched
 from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.edits import Scale, Zero
 from secondary_sinks.intervene.full import TotalEffects, run_full
@@ -28,7 +29,9 @@ from secondary_sinks.questions.detect_sinks import detect_sinks
 if TYPE_CHECKING:
     import pandas as pd
 
-Method = Literal["auto", "packed", "full"]
+Method = Literal["auto", "packed", "batched", "full"]
+Engine = Literal["packed", "batched", "full"]
+_FAST: tuple[Engine, ...] = ("packed", "batched")  # in the order in which they are tried
 
 MEMORY_BUDGET = 1 << 30
 """Bytes that the attention of one packed pass may take, by default."""
@@ -56,10 +59,11 @@ class CounterfactualRows:
     """Sink score that the row's keys would draw from the clean queries, all else clean; NaN for the
     last token."""
     engine: str
-    """Which engine ran: "packed" or "full"."""
+    """Which engine ran: "packed", "batched" or "full"."""
     self_test: float | None
-    """Largest relative difference of the packed engine from a full pass in this model, measured
-    before its first use; None where it was not used."""
+    """Largest relative difference of that engine from a full pass in this model, measured before
+    its first use. Where "auto" had to run full passes, the smallest difference of the engines that
+    failed; None where no other was tried."""
     totals: TotalEffects | None = field(default=None, repr=False)
     """Effects on the rest of the text, with everything recomputed (`method="full"`)."""
 
@@ -153,9 +157,11 @@ def counterfactuals(
         text: one text (see `detect_sinks`), or a sink map, whose tokens are taken.
         interventions: one row each; a sequence in their place is several edits of one token that
             happen together.
-        method: "packed" puts rows behind the text in one pass; "full" runs a pass over the whole
-            text for each row, and adds total effects; "auto" uses packed rows where a test of this
-            model against the full pass, made once, allows it.
+        method: "packed" puts rows behind the text in one pass; "batched" runs them over the kept
+            keys and values of the text, for architectures that cannot be masked from outside
+            (bridges only; see `intervene.batched` for what it cannot give); "full" runs a pass over
+            the whole text for each row, and adds total effects; "auto" takes the first of the three
+            that a test of this model against the full pass, made once, finds right.
         sinks: the text's sink map, if it is there already.
         chat: the string goes through the chat template.
         memory_budget: bytes that the attention of a packed pass may take; decides how many rows
@@ -166,28 +172,25 @@ def counterfactuals(
     Raises:
         InputError: no interventions, an index out of range, an edit of the wrong shape, several
             texts, or a sink map of another model, text or criterion.
-        ModelError: the model cannot be measured; or `method="packed"` where the test fails.
+        ModelError: the model cannot be measured; or `method` is "packed" or "batched" and the test
+            fails.
     """
-    if method not in ("auto", "packed", "full"):
-        raise InputError(f"no method {method!r}; use 'auto', 'packed' or 'full'")
+    if method not in ("auto", *_FAST, "full"):
+        raise InputError(f"no method {method!r}; use 'auto', 'packed', 'batched' or 'full'")
+    if method == "batched" and fwd_hooks:
+        raise InputError("batched rows run one token at a time, where fwd_hooks cannot be trusted")
     sinks = _sink_map(model, text, sinks, chat, fwd_hooks)
     rows = rows_of(interventions)
     check_rows(model, rows, sinks.n_tokens)
     clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks)
-    error = None if method == "full" else _self_test(model, clean)
-    packed = error is not None and error <= _tolerance(model)
-    if method == "packed" and not packed:
-        raise ModelError(
-            f"packed rows are wrong in {describe(model).name!r} (relative error {error}): its "
-            "attention cannot be masked from outside; use method='full'"
-        )
+    engine, error = _choose(model, clean, method, fwd_hooks)
     totals = None
-    if packed:
-        states = _in_chunks(model, clean, rows, memory_budget, fwd_hooks, progress)
-    else:
+    if engine == "full":
         show = len(rows) > 1 if progress is None else progress
         bar = tqdm(rows, desc="full passes", disable=not show)
         states, totals = run_full(model, clean, bar, fwd_hooks=fwd_hooks)
+    else:
+        states = _in_chunks(engine, model, clean, rows, memory_budget, fwd_hooks, progress)
     positions = [row[0].position for row in rows]
     return CounterfactualRows(
         rows=tuple(rows),
@@ -200,7 +203,7 @@ def counterfactuals(
             states.centered_alignment, states.centered_norm, states.direct_score, positions
         ),
         direct_score=states.direct_score,
-        engine="packed" if packed else "full",
+        engine=engine,
         self_test=error,
         totals=totals,
     )
@@ -214,7 +217,15 @@ def rows_per_pass(n_tokens: int, n_heads: int, memory_budget: int) -> int:
     return max(1, min(length - n_tokens, 2 * max(n_tokens, 128)))
 
 
+def _rows_kept(model: Any, n_tokens: int, memory_budget: int) -> int:
+    """How many rows' copies of all keys and values fit into the budget, one beside the other."""
+    cfg = model.cfg
+    heads = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
+    return max(1, memory_budget // (8 * int(cfg.n_layers) * heads * int(cfg.d_head) * n_tokens))
+
+
 def _in_chunks(
+    engine: Engine,
     model: Any,
     clean: CleanRun,
     rows: Sequence[Row],
@@ -222,7 +233,11 @@ def _in_chunks(
     fwd_hooks: Sequence[UserHook],
     progress: bool | None,
 ) -> RowStates:
-    size = rows_per_pass(len(clean.tokens), clean.score.shape[1], memory_budget)
+    n_tokens = len(clean.tokens)
+    if engine == "packed":
+        size = rows_per_pass(n_tokens, clean.score.shape[1], memory_budget)
+    else:
+        size = _rows_kept(model, n_tokens, memory_budget)
     show = len(rows) > size if progress is None else progress
     done: list[RowStates] = []
     first = 0
@@ -230,11 +245,14 @@ def _in_chunks(
         while first < len(rows):
             chunk = rows[first : first + size]
             try:
-                done.append(run_packed(model, clean, chunk, fwd_hooks=fwd_hooks))
+                if engine == "packed":
+                    done.append(run_packed(model, clean, chunk, fwd_hooks=fwd_hooks))
+                else:
+                    done.append(run_batched(model, clean, chunk, memory_budget=memory_budget))
             except (MemoryError, torch.OutOfMemoryError) as error:
                 if size == 1:
                     raise ModelError(
-                        f"not even one row fits into memory behind {len(clean.tokens)} tokens: "
+                        f"not even one row fits into memory behind {n_tokens} tokens: "
                         "shorten the text"
                     ) from error
                 size = max(1, len(chunk) // 2)
@@ -249,29 +267,58 @@ def _concatenate(parts: Sequence[RowStates]) -> RowStates:
     return RowStates(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
 
-_tested: weakref.WeakKeyDictionary[Any, dict[bool, float]] = weakref.WeakKeyDictionary()
+def _choose(
+    model: Any, clean: CleanRun, method: Method, fwd_hooks: Sequence[UserHook]
+) -> tuple[Engine, float | None]:
+    """The engine to run, and what its self-test measured."""
+    if method == "full":
+        return "full", None
+    errors: list[float] = []
+    for engine in _FAST:
+        if method not in ("auto", engine) or (engine == "batched" and fwd_hooks):
+            continue
+        error = _self_test(model, clean, engine)
+        if error is not None and error <= _tolerance(model):
+            return engine, error
+        errors += [] if error is None else [error]
+    if method == "auto":
+        return "full", min(errors, default=None)
+    raise ModelError(
+        f"{method} rows are wrong in {describe(model).name!r} (relative error "
+        f"{min(errors, default=None)}): its attention cannot be run that way; use method='full'"
+    )
 
 
-def _self_test(model: Any, clean: CleanRun) -> float | None:
-    """Largest relative difference of packed rows from a full pass; None if they cannot run.
+_tested: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], float]] = weakref.WeakKeyDictionary()
+
+_LONGEST_TEST = 600
+"""Tokens of the self-test of models that do not show which keys a query sees."""
+
+
+def _self_test(model: Any, clean: CleanRun, engine: Engine) -> float | None:
+    """Largest relative difference of an engine's rows from a full pass; None if it cannot run.
 
     Measured once a model, and once more when a text first exceeds a sliding window, because that
     is where a host masks differently and says nothing.
     """
-    if describe(model).generation == "other":
+    generation = describe(model).generation
+    if generation == "other" or (engine == "batched" and generation != "bridge"):
         return None
     n_tokens = len(clean.tokens)
-    causal = torch.ones(n_tokens, n_tokens).tril().bool()
-    windowed = any(not torch.equal(kind, causal) for kind in clean.visible)
-    known = _tested.setdefault(model, {})
-    if windowed not in known:
-        widths = [int(kind[-1].sum()) for kind in clean.visible]
+    longest = 0  # of the sliding windows that this text exceeds
+    if clean.shows_scores:
+        widths = [int(kind.sum(dim=1).max()) for kind in clean.visible]
         longest = max((width for width in widths if width < n_tokens), default=0)
-        known[windowed] = _measure_difference(model, clean, min(n_tokens, longest + 48))
-    return known[windowed]
+        n_tested = min(n_tokens, longest + 48)
+    else:
+        n_tested = longest = min(n_tokens, _LONGEST_TEST)
+    known = _tested.setdefault(model, {})
+    if (engine, longest) not in known:
+        known[engine, longest] = _measure_difference(model, clean, engine, n_tested)
+    return known[engine, longest]
 
 
-def _measure_difference(model: Any, clean: CleanRun, n_tokens: int) -> float:
+def _measure_difference(model: Any, clean: CleanRun, engine: Engine, n_tokens: int) -> float:
     sinks = dataclasses.replace(
         clean.sinks,
         tokens=clean.tokens[:n_tokens],
@@ -283,21 +330,28 @@ def _measure_difference(model: Any, clean: CleanRun, n_tokens: int) -> float:
     layer = describe(model).n_layers // 3
     rows = rows_of(
         [
-            Intervention("mlp_out", layer, n_tokens // 2, Zero()),
+            Intervention("mlp_out", layer, (n_tokens - 1) // 2, Zero()),
             Intervention("attn_out", 0, max(0, n_tokens - 2), Scale(2.0)),
         ]
     )
     try:
-        packed = run_packed(model, short, rows)
-    except (ModelError, RuntimeError, ValueError, TypeError, KeyError):
-        return float("inf")  # the host does not take the mask, or not the positions
+        fast = (run_packed if engine == "packed" else run_batched)(model, short, rows)
+    except (ModelError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return float("inf")  # the host does not take the mask, the positions, or the cache
     full, _ = run_full(model, short, rows, totals=False)
-    differences = [
-        (packed.norm - full.norm).abs() / full.norm,
-        (packed.centered_alignment - full.centered_alignment).abs(),
-        (packed.direct_score - full.direct_score).abs() / full.direct_score.abs().max(),
+    pairs = [
+        ((fast.norm - full.norm) / full.norm, full.norm),
+        (fast.centered_alignment - full.centered_alignment, full.centered_alignment),
+        (fast.direct_score - full.direct_score, full.direct_score),
     ]
-    return max(float(part.nan_to_num(nan=float("inf")).max()) for part in differences)
+    largest = full.direct_score.nan_to_num(0).max().clamp_min(1e-30)
+    pairs[2] = (pairs[2][0] / largest, pairs[2][1])
+    # NaN is right where the oracle has it too: the last token of a text is never looked at.
+    return max(
+        float(difference[~torch.isnan(oracle)].abs().nan_to_num(nan=float("inf")).max())
+        for difference, oracle in pairs
+        if not torch.isnan(oracle).all()
+    )
 
 
 def _tolerance(model: Any) -> float:
