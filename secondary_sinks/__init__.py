@@ -47,6 +47,10 @@ _HOME = {
     "DoseResponse": "questions.dose_response",
     "remove_sinks": "questions.remove_sinks",
     "SinkRemoval": "explain.removal",
+    "patch_activations": "questions.patch_activations",
+    "PatchResult": "explain.patching",
+    "path_effect": "questions.path_effect",
+    "PathEffect": "explain.paths",
     "Intervention": "intervene.interventions",
     **dict.fromkeys(
         ("Add", "KeepOnly", "Mean", "ProjectOut", "Replace", "Resample", "Scale", "Zero"),
