@@ -112,6 +112,8 @@ def without_arrays(sinks: SinkMap) -> SinkMap:
         centered_alignment=None,
         norm=None,
         centered_norm=None,
+        ordinary_norm=None,
+        ordinary_centered_norm=None,
         sink_score=None,
         attention_ratio=None,
     )

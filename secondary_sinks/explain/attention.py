@@ -87,11 +87,23 @@ class AttentionBaseline:
         """
         if positions is None:
             positions = torch.arange(score.shape[2])
-        relative = score / self.uniform[positions]
-        drawn = (self.weight[:, :, None] * relative).sum(dim=1)
-        expected = (self.weight[:, :, None] * self._expected(positions)).sum(dim=1)
+        expected = self._over_heads(self._expected(positions))
         # Not a division by nothing: a token that nobody looks at, among such, has ratio 0.
-        return drawn / expected.clamp_min(torch.finfo(torch.float32).tiny)
+        return self.drawn(score, positions) / expected.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def drawn(
+        self,
+        score: Float[Tensor, "layer head item"],
+        positions: Int[Tensor, "item"] | None = None,
+    ) -> Float[Tensor, "layer item"]:
+        """Attention drawn over what uniform attention would give, averaged over heads with
+        `weight`; the arguments are those of `ratio`."""
+        uniform = self.uniform if positions is None else self.uniform[positions]
+        return self._over_heads(score / uniform)
+
+    def _over_heads(self, values: Float[Tensor, "layer head item"]) -> Float[Tensor, "layer item"]:
+        share = self.weight / self.weight.sum(dim=1, keepdim=True)
+        return (share[:, :, None] * values).sum(dim=1)
 
     def _expected(self, positions: Int[Tensor, "item"]) -> Float[Tensor, "layer head item"]:
         # Examples are in order, so a token's place among them says which block it lies in.

@@ -25,7 +25,9 @@ Everything here is arithmetic on small tensors; nothing touches a model.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +55,7 @@ DEFAULTS: dict[str, float | int] = {
 
 * `min_alignment`: the paper's 0.9, here without the common component. It asks that the vector
   written along the sink direction be about twice as long as everything else the token has.
-* `min_norm_ratio`: norm over the median token's, both without the common component.
+* `min_norm_ratio`: norm over the median ordinary token's, both without the common component.
 * `min_attention_ratio`: attention drawn over that of ordinary tokens nearby (`explain.attention`).
   Sinks of planted models begin at 14, decoys end at 0.2, ordinary tokens scatter around 1.
 * `min_primary_ratio`: norm ratio from which on the primary token counts as massive.
@@ -75,6 +77,7 @@ class Detection:
     alignment: Float[Tensor, "layer token"]
     centered_alignment: Float[Tensor, "layer token"]
     attention_ratio: Float[Tensor, "layer token"]
+    notes: tuple[str, ...] = ()
 
 
 def check_thresholds(thresholds: dict[str, float | int]) -> dict[str, float | int]:
@@ -87,8 +90,12 @@ def check_thresholds(thresholds: dict[str, float | int]) -> dict[str, float | in
     if unknown:
         raise InputError(f"no threshold {sorted(unknown)[0]!r}; there are {', '.join(DEFAULTS)}")
     merged = DEFAULTS | thresholds
-    if not 0 < merged["min_alignment"] < 1:
-        raise InputError(f"min_alignment is {merged['min_alignment']}; a cosine in (0, 1) is meant")
+    if any(isinstance(v, bool) or not isinstance(v, Real) for v in merged.values()):
+        raise InputError(f"thresholds must be numbers: {thresholds}")
+    merged = {name: float(value) for name, value in merged.items()}
+    if merged["min_queries"] != int(merged["min_queries"]):
+        raise InputError(f"min_queries is {merged['min_queries']}; a whole number is meant")
+    merged["min_queries"] = int(merged["min_queries"])
     for name, least in (
         ("min_norm_ratio", 0.0),
         ("min_attention_ratio", 0.0),
@@ -97,6 +104,8 @@ def check_thresholds(thresholds: dict[str, float | int]) -> dict[str, float | in
     ):
         if not merged[name] >= least or math.isinf(merged[name]):
             raise InputError(f"{name} is {merged[name]}; it must be {least:g} or more")
+    if not 0 < merged["min_alignment"] < 1:
+        raise InputError(f"min_alignment is {merged['min_alignment']}; a cosine in (0, 1) is meant")
     return merged
 
 
@@ -120,7 +129,7 @@ def detect(
             candidate that becomes a sink first, of those that grow about as large as the largest.
         thresholds: all of `DEFAULTS`.
     """
-    norm_ratio = geometry.centered_norm / _row_median(geometry.centered_norm)
+    norm_ratio = _over(geometry.centered_norm, geometry.ordinary_centered_norm)
     indices = range(len(geometry.candidates))
     if primary is not None:
         if primary not in geometry.candidates:
@@ -131,13 +140,18 @@ def detect(
     views = [_View.of(geometry, norm_ratio, score, index, thresholds) for index in indices]
     view = _choose_primary(views)
     sinks = []
+    secondary: set[int] = set()
     for start, end in view.phases:
         for token in range(score.shape[2]):
             for layers in lives(view.aligned[start:end, token], offset=start):
-                seen = _life_attention(view.attention, token, layers)
-                if not _is_looked_at(seen, token, layers, score, thresholds):
+                seen = _life_mean(view.attention, token, layers)
+                if not _is_looked_at(view, token, layers, thresholds):
                     continue
-                kind: Kind = "primary" if layers[0] == start else "secondary"
+                # A secondary sink that outlives a break of the primary is still a secondary one.
+                begins = layers[0] == start and token not in secondary
+                kind: Kind = "primary" if begins else "secondary"
+                if not begins:
+                    secondary.add(token)
                 evidence = _evidence(geometry, view, score, token, layers, seen)
                 sinks.append(
                     Sink(token, token_strings[token], tokens[token], kind, layers, evidence)
@@ -149,7 +163,36 @@ def detect(
         alignment=geometry.alignment[view.index],
         centered_alignment=geometry.centered_alignment[view.index],
         attention_ratio=view.attention,
+        notes=tuple(_notes(views, view, geometry, sinks, thresholds)),
     )
+
+
+def _notes(
+    views: list[_View],
+    chosen: _View,
+    geometry: Geometry,
+    sinks: list[Sink],
+    thresholds: dict[str, float | int],
+) -> Iterator[str]:
+    """What the choice of the primary leaves out, and what lies on the border of its definition."""
+    for view in views:
+        middle = [(start + end) // 2 for start, end in view.phases]
+        along = geometry.centered_alignment[chosen.index, middle, view.position]
+        if view is not chosen and (along < thresholds["min_alignment"]).any():
+            yield (
+                f"position {view.position} also is massive and draws attention, in a direction of "
+                f"its own; the sinks of that direction are found with primary={view.position}"
+            )
+    beyond = sorted(
+        {s.position for s in sinks if s.kind == "primary" and s.position > max(geometry.candidates)}
+    )
+    if beyond:
+        yield (
+            f"{len(beyond)} tokens far from the beginning become sinks in the first layer of a "
+            f"primary phase and count as primary (positions {', '.join(map(str, beyond[:5]))}"
+            f"{', ...' if len(beyond) > 5 else ''}); in other texts the first token may rise "
+            "earlier and make the same tokens secondary"
+        )
 
 
 @dataclass(frozen=True)
@@ -161,6 +204,7 @@ class _View:
     peak: float
     aligned: Bool[Tensor, "layer token"]
     attention: Float[Tensor, "layer token"]
+    drawn: Float[Tensor, "layer token"]
     phases: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -181,16 +225,17 @@ class _View:
         ordinary[position] = False
         for start, end in runs:
             ordinary &= ~aligned[start:end].any(dim=0)
-        attention = AttentionBaseline.of(
+        baseline = AttentionBaseline.of(
             score, position, ordinary=ordinary, min_queries=int(thresholds["min_queries"])
-        ).ratio(score)
-        least = thresholds["min_attention_ratio"]
-        phases = tuple(
-            run for run in runs if _life_attention(attention, position, range(*run)) >= least
         )
+        attention = baseline.ratio(score)
+        least = thresholds["min_attention_ratio"]
+        phases = tuple(run for run in runs if _life_mean(attention, position, range(*run)) >= least)
         # The last layer is left out: some models write large, unrelated vectors there.
         inner = norm_ratio[:-1] if norm_ratio.shape[0] > 1 else norm_ratio
-        return cls(index, position, float(inner[:, position].max()), aligned, attention, phases)
+        peak = float(inner[:, position].max())
+        drawn = baseline.drawn(score)
+        return cls(index, position, peak, aligned, attention, drawn, phases)
 
 
 def _choose_primary(views: list[_View]) -> _View:
@@ -271,13 +316,13 @@ def margins(sinks: SinkMap, n: int | None) -> pd.DataFrame:
 
     thresholds = sinks.thresholds
     centered_alignment, attention = sinks.centered_alignment, sinks.attention_ratio
-    centered_norm = sinks.centered_norm
-    if centered_alignment is None or attention is None or centered_norm is None:
+    norm, ordinary = sinks.centered_norm, sinks.ordinary_centered_norm
+    if centered_alignment is None or attention is None or norm is None or ordinary is None:
         raise InputError("this map holds no measurements")
     passed = torch.stack(
         [
             centered_alignment / thresholds["min_alignment"],
-            centered_norm / _row_median(centered_norm) / thresholds["min_norm_ratio"],
+            _over(norm, ordinary) / thresholds["min_norm_ratio"],
             _next_layer(attention) / thresholds["min_attention_ratio"],
         ]
     )  # [test, layer, token]
@@ -326,9 +371,9 @@ def _evidence(
         alignment=_floats(geometry.alignment[view.index, rows, token]),
         centered_alignment=_floats(geometry.centered_alignment[view.index, rows, token]),
         norm=_floats(norm[rows, token]),
-        norm_ratio=_floats((norm / _row_median(norm))[rows, token]),
+        norm_ratio=_floats(_over(norm, geometry.ordinary_norm)[rows, token]),
         centered_norm_ratio=_floats(
-            (geometry.centered_norm / _row_median(geometry.centered_norm))[rows, token]
+            _over(geometry.centered_norm, geometry.ordinary_centered_norm)[rows, token]
         ),
         sink_score=_floats(_next_layer(score.mean(dim=1))[rows, token]),
         attention_ratio=seen,
@@ -337,25 +382,28 @@ def _evidence(
 
 
 def _is_looked_at(
-    seen: float,
-    token: int,
-    layers: tuple[int, ...],
-    score: Tensor,
-    thresholds: dict[str, float | int],
+    view: _View, token: int, layers: tuple[int, ...], thresholds: dict[str, float | int]
 ) -> bool:
-    """Whether the attention test passes; where no later token exists, it cannot be asked."""
-    n_layers, _, n_tokens = score.shape
+    """Whether the attention test passes; where no later token exists, it cannot be asked.
+
+    Beside the ratio, the token must draw what uniform attention would give it: where the primary
+    takes all there is, ordinary tokens draw nothing, and ten times nothing is no sink.
+    """
+    n_layers, n_tokens = view.attention.shape
     if token == n_tokens - 1:
         return True
     if layers == (n_layers - 1,):
         return False  # no later block: nothing could show that anybody looks
-    return seen >= thresholds["min_attention_ratio"]
+    ratio = _life_mean(view.attention, token, layers)
+    return ratio >= thresholds["min_attention_ratio"] and _life_mean(view.drawn, token, layers) >= 1
 
 
-def _life_attention(attention: Tensor, token: int, layers: range | tuple[int, ...]) -> float:
-    """Mean attention ratio over a life; layer l shows in block l + 1. NaN if nothing shows it."""
-    shown = [layer + 1 for layer in layers if layer + 1 < attention.shape[0]]
-    return float(attention[shown, token].mean()) if shown else math.nan
+def _life_mean(
+    values: Float[Tensor, "layer token"], token: int, layers: range | tuple[int, ...]
+) -> float:
+    """Mean over a life of what the next block shows; NaN if nothing shows it."""
+    shown = [layer + 1 for layer in layers if layer + 1 < values.shape[0]]
+    return float(values[shown, token].mean()) if shown else math.nan
 
 
 def _next_layer(values: Float[Tensor, "layer token"]) -> Float[Tensor, "layer token"]:
@@ -363,8 +411,10 @@ def _next_layer(values: Float[Tensor, "layer token"]) -> Float[Tensor, "layer to
     return torch.cat([values[1:], torch.full_like(values[:1], torch.nan)])
 
 
-def _row_median(values: Float[Tensor, "layer token"]) -> Float[Tensor, "layer 1"]:
-    return values.median(dim=1, keepdim=True).values.clamp_min(torch.finfo(torch.float32).tiny)
+def _over(
+    norm: Float[Tensor, "layer token"], ordinary: Float[Tensor, "layer"]
+) -> Float[Tensor, "layer token"]:
+    return norm / ordinary.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:

@@ -60,8 +60,8 @@ def detect(
     attention = AttentionBaseline.of(
         score, position, ordinary=~aligned.any(dim=0), min_queries=8
     ).ratio(score)
-    median = geometry.norm.median(dim=1, keepdim=True).values
-    centered_median = geometry.centered_norm.median(dim=1, keepdim=True).values
+    ratio = geometry.norm / geometry.ordinary_norm[:, None]
+    centered_ratio = geometry.centered_norm / geometry.ordinary_centered_norm[:, None]
     seen = score.mean(dim=1)
     sinks = []
     for token in aligned.any(dim=0).nonzero().flatten().tolist():
@@ -76,10 +76,8 @@ def detect(
                 geometry.centered_alignment[index, list(layers), token].tolist()
             ),
             norm=tuple(geometry.norm[list(layers), token].tolist()),
-            norm_ratio=tuple((geometry.norm / median)[list(layers), token].tolist()),
-            centered_norm_ratio=tuple(
-                (geometry.centered_norm / centered_median)[list(layers), token].tolist()
-            ),
+            norm_ratio=tuple(ratio[list(layers), token].tolist()),
+            centered_norm_ratio=tuple(centered_ratio[list(layers), token].tolist()),
             sink_score=tuple(after),
             attention_ratio=float(attention[shown, token].mean()) if shown else math.nan,
             n_queries=len(tokens) - 1 - token,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.errors import InputError
+from secondary_sinks.errors import InputError, LoadError
 from secondary_sinks.storage import load_record, save_record
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Evidence:
     norm: tuple[float, ...]
     """Norm of its residual."""
     norm_ratio: tuple[float, ...]
-    """That norm over the median token's."""
+    """That norm over the median ordinary token's."""
     centered_norm_ratio: tuple[float, ...]
     """The same after the common component was taken off every token: what `min_norm_ratio` asks."""
     sink_score: tuple[float, ...]
@@ -85,7 +85,7 @@ class Sink:
         return self.evidence.norm[0] if self.evidence else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SinkMap:
     """The sinks of one text in one model.
 
@@ -113,6 +113,10 @@ class SinkMap:
     """Residual norms."""
     centered_norm: Float[Tensor, "layer token"] | None = None
     """Residual norms after the mean residual of the ordinary tokens was taken off."""
+    ordinary_norm: Float[Tensor, "layer"] | None = None
+    """Median residual norm of the ordinary tokens."""
+    ordinary_centered_norm: Float[Tensor, "layer"] | None = None
+    """The same after their mean residual was taken off."""
     sink_score: Float[Tensor, "layer head token"] | None = None
     """Mean attention from later queries; NaN for tokens that too few of them can see."""
     attention_ratio: Float[Tensor, "layer token"] | None = None
@@ -237,13 +241,19 @@ class SinkMap:
             LoadError: no such file, or it is not a sink map.
         """
         tensors, record = load_record(path, "SinkMap")
-        record["sinks"] = tuple(_sink_from(entry) for entry in record["sinks"])
-        record["phases"] = tuple(tuple(phase) for phase in record["phases"])
-        for name in ("token_strings", "notes"):
-            record[name] = tuple(record[name])
-        if "processing" in record["model"]:
-            record["model"]["processing"] = tuple(record["model"]["processing"])
-        return cls(**(record | tensors))
+        try:
+            record["sinks"] = tuple(_sink_from(entry) for entry in record["sinks"])
+            record["phases"] = tuple(tuple(phase) for phase in record["phases"])
+            for name in ("token_strings", "notes"):
+                record[name] = tuple(record[name])
+            if "processing" in record["model"]:
+                record["model"]["processing"] = tuple(record["model"]["processing"])
+            return cls(**(record | tensors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LoadError(
+                f"{path} is no sink map of this version ({type(error).__name__}: {error}); detect "
+                "the sinks again"
+            ) from error
 
 
 def _sink_from(entry: dict[str, Any]) -> Sink:

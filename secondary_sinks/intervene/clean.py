@@ -19,7 +19,7 @@ from secondary_sinks.explain.attention import AttentionBaseline
 from secondary_sinks.explain.evidence import lives
 from secondary_sinks.explain.sinks import SinkMap
 from secondary_sinks.models.host import UserHook
-from secondary_sinks.observe.collectors import Collector, Run, SinkScores
+from secondary_sinks.observe.collectors import Collector, Run, SinkScores, ordinary_tokens
 from secondary_sinks.observe.trace import Trace, trace
 
 
@@ -128,9 +128,9 @@ class _Anchors(Collector):
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
         residual = activation.float()
-        norm = residual.norm(dim=-1)
-        common = residual[norm <= 2 * norm.median()].mean(dim=0)
-        median = (residual - common).norm(dim=-1).median()
+        ordinary = ordinary_tokens(residual)
+        common = residual[ordinary].mean(dim=0)
+        median = (residual - common).norm(dim=-1)[ordinary].median()
         self._found.append((residual[self.position].cpu(), common.cpu(), median.cpu()))
 
     def result(self) -> tuple[Tensor, ...]:

@@ -16,8 +16,9 @@ a model, that `resid_pre + attn_out + mlp_out` is `resid_post`; both raise.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -298,17 +299,34 @@ def check_residual_identity(model: Any, *, n_tokens: int = 8) -> float:
         for layer in range(info.n_layers)
         for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")
     }
-    observe(model, tokens, torch.ones_like(tokens), observers)
+    with _lens_hooks_aside(model):
+        observe(model, tokens, torch.ones_like(tokens), observers)
     worst = float(errors.nan_to_num(nan=float("inf")).max())
     if torch.isfinite(errors).all() and worst > max(1e-4, 8 * rounding):
         raise ModelError(
             f"in {info.name!r}, layer {int(errors.argmax())}, the residual stream is not the sum "
             f"of what the attention and the MLP add to it (relative error {worst:.1e}): its "
-            "blocks are built in a way that this library does not know, or a hook on the model "
-            "edits one of them; remove such hooks (model.reset_hooks()) or use another model"
+            "blocks are built in a way that this library does not know"
         )
     _identity_checked[model] = worst
     return worst
+
+
+@contextmanager
+def _lens_hooks_aside(model: Any) -> Iterator[None]:
+    """Within the block the host's hook points have none of the user's functions.
+
+    They may be meant for one text alone, and a text of a few arbitrary tokens is not that one.
+    """
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    kept = [(point, point._forward_hooks) for point in points]
+    for point, _ in kept:
+        point._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for point, hooks in kept:
+            point._forward_hooks = hooks
 
 
 def _hook_name(model: Any, site: Site) -> str:
@@ -359,6 +377,21 @@ def _refuse_dropout(model: Any) -> None:
             raise ModelError(
                 f"{_name(model)!r} is in training mode with dropout ({name}), so its activations "
                 "are random; call model.eval() first"
+            )
+    # Attention dropout and router noise are applied by functions, which no module shows.
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    settings = config.to_dict() if config is not None else {}
+    for name, value in settings.items():
+        random = "dropout" in name or name.endswith("_pdrop") or "jitter" in name
+        if (
+            random
+            and isinstance(value, float)
+            and value > 0
+            and any(module.training for module in model.modules())
+        ):
+            raise ModelError(
+                f"{_name(model)!r} is in training mode with {name}={value}, so its activations are "
+                "random; call model.eval() first"
             )
 
 

@@ -75,8 +75,8 @@ def tokenize(
             ids outside the vocabulary, or a model without what the text needs (a tokenizer, a chat
             template, a beginning-of-sequence token).
     """
-    if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"max_tokens is {max_tokens}; a text needs at least 2 tokens")
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 2):
+        raise InputError(f"max_tokens is {max_tokens!r}; a text needs at least 2 tokens")
     rows = _rows(text, attention_mask)
     if not rows:
         raise InputError("no text: the list is empty")
@@ -118,39 +118,60 @@ def pad(
 
 def _rows(text: Any, attention_mask: Tensor | None) -> list[Any]:
     if isinstance(text, Tensor):
-        if text.ndim == 1:
-            text = text[None]
-        if text.ndim != 2 or text.is_floating_point():
-            raise InputError(
-                f"token ids must be integers [token] or [batch, token]; got {text.dtype} "
-                f"{list(text.shape)}"
-            )
+        _check_ids(text, (1, 2))
         if attention_mask is None:
-            return list(text)
-        if attention_mask.shape != text.shape:
-            raise InputError(
-                f"attention_mask is {list(attention_mask.shape)} for tokens {list(text.shape)}"
-            )
-        return [
-            row[keep.bool().to(row.device)] for row, keep in zip(text, attention_mask, strict=True)
-        ]
+            return list(text) if text.ndim == 2 else [text]
+        return _without_padding(text if text.ndim == 2 else text[None], attention_mask)
     if attention_mask is not None:
         raise InputError("attention_mask goes with a [batch, token] tensor of token ids")
-    if isinstance(text, str) or _is_conversation(text):
-        return [text]
-    if isinstance(text, Sequence):
-        return list(text)
-    raise InputError(
-        f"cannot read a text from {type(text).__name__}: pass a string, a list of strings, a "
-        "conversation (a list of messages) or token ids"
-    )
+    rows = [text] if isinstance(text, str) or _is_conversation(text) else text
+    if not isinstance(rows, Sequence) or isinstance(rows, (bytes, bytearray)):
+        raise InputError(f"cannot read a text from {type(text).__name__}: {_FORMS}")
+    for row in rows:
+        if isinstance(row, Tensor):
+            _check_ids(row, (1,))
+        elif not isinstance(row, str) and not _is_conversation(row):
+            raise InputError(f"cannot read a text from {type(row).__name__}: {_FORMS}")
+    return list(rows)
+
+
+_FORMS = (
+    "pass a string, a conversation (a list of messages), a tensor of token ids, or a list of one "
+    "of these"
+)
+
+
+def _check_ids(tokens: Tensor, dimensions: tuple[int, ...]) -> None:
+    whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if not whole or tokens.ndim not in dimensions:
+        shape = "[token] or [batch, token]" if 2 in dimensions else "[token]"
+        raise InputError(
+            f"token ids must be integers {shape}; got {tokens.dtype} {list(tokens.shape)}"
+        )
+
+
+def _without_padding(tokens: Tensor, attention_mask: Any) -> list[Tensor]:
+    """Each row without its padding, which must stand on one side."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.numel() != tokens.numel():
+        what = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
+        raise InputError(f"attention_mask is {what} for tokens {list(tokens.shape)}")
+    mask = attention_mask.reshape(tokens.shape).to(tokens.device)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise InputError("attention_mask must be 1 for tokens and 0 for padding")
+    rows = []
+    for index, (row, keep) in enumerate(zip(tokens, mask.bool(), strict=True)):
+        places = keep.nonzero().flatten()
+        if len(places) and int(places[-1] - places[0]) + 1 != len(places):
+            raise InputError(f"attention_mask of text {index} has padding between tokens")
+        rows.append(row[keep])
+    return rows
 
 
 def _ids(
     model: Any, row: Any, *, chat: bool, prepend_bos: bool | None, where: str
 ) -> tuple[Tensor, bool]:
     if isinstance(row, Tensor):
-        return row.detach().reshape(-1).to("cpu", torch.long), chat
+        return row.detach().to("cpu", torch.long), chat
     if isinstance(row, str) and not row:
         raise InputError(f"{where} is empty")
     tokenizer = getattr(model, "tokenizer", None)

@@ -217,8 +217,8 @@ class MassiveActivations(Collector):
 class Geometry:
     """How each token's residual lies to that of every candidate for the primary sink.
 
-    The *common component* of a layer is the mean residual of its ordinary tokens (those with at
-    most twice the median norm); "centered" values are taken after it was taken off every token.
+    The *common component* of a layer is the mean residual of its ordinary tokens (see
+    `ordinary_tokens`); "centered" values are taken after it was taken off every token.
     """
 
     candidates: tuple[int, ...]
@@ -235,6 +235,10 @@ class Geometry:
     """Cosine of the candidate's centered residual with itself one layer earlier; NaN at layer 0."""
     common_norm: Float[Tensor, "layer"]
     """Norm of the common component."""
+    ordinary_norm: Float[Tensor, "layer"]
+    """Median norm of the ordinary tokens."""
+    ordinary_centered_norm: Float[Tensor, "layer"]
+    """Their median norm without the common component."""
 
 
 class ResidualGeometry(Collector):
@@ -278,6 +282,8 @@ class ResidualGeometry(Collector):
             centered_alignment=torch.zeros(n_candidates, n_layers, n_tokens),
             persistence=torch.full((n_candidates, n_layers), torch.nan),
             common_norm=torch.zeros(n_layers),
+            ordinary_norm=torch.zeros(n_layers),
+            ordinary_centered_norm=torch.zeros(n_layers),
         )
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
@@ -287,13 +293,16 @@ class ResidualGeometry(Collector):
             return
         layer = last if layer is None else layer
         residual = activation.float()
-        norm = residual.norm(dim=-1)
-        common = residual[norm <= 2 * norm.median()].mean(dim=0)
+        ordinary = ordinary_tokens(residual)
+        common = residual[ordinary].mean(dim=0)
         centered = residual - common
+        norm, centered_norm = residual.norm(dim=-1), centered.norm(dim=-1)
         found = self._found
         found.norm[layer] = norm.cpu()
+        found.ordinary_norm[layer] = norm[ordinary].median().cpu()
+        found.ordinary_centered_norm[layer] = centered_norm[ordinary].median().cpu()
         found.alignment[:, layer] = _cosines(residual, residual[self._index]).cpu()
-        found.centered_norm[layer] = centered.norm(dim=-1).cpu()
+        found.centered_norm[layer] = centered_norm.cpu()
         directions = centered[self._index]
         found.centered_alignment[:, layer] = _cosines(centered, directions).cpu()
         found.common_norm[layer] = common.norm().cpu()
@@ -305,6 +314,16 @@ class ResidualGeometry(Collector):
     def result(self) -> Geometry:
         """Norms and alignments by layer."""
         return self._found
+
+
+def ordinary_tokens(residual: Float[Tensor, "token d_model"]) -> Bool[Tensor, "token"]:
+    """Which tokens of a layer are ordinary: those with at most 1.5 times the lower quartile's norm.
+
+    The quartile and not the median, because in a repetitive text most tokens can be sinks.
+    """
+    norm = residual.float().norm(dim=-1)
+    ordinary: Tensor = norm <= 1.5 * norm.quantile(0.25)
+    return ordinary
 
 
 def _cosines(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, overload
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace(Mapping[str, Any]):
     """What the collectors found in one text, by collector name."""
 
@@ -80,7 +80,12 @@ class Trace(Mapping[str, Any]):
             "token": list(self.token_strings) * n_layers,
         }
         for name, value in _tensors(self.results):
-            if value.ndim == 3 and value.shape[0] == n_layers and value.shape[2] == n_tokens:
+            # Only a collector's own result has heads in the middle; a field may have anything.
+            if (
+                value.ndim == 3
+                and value.shape[::2] == (n_layers, n_tokens)
+                and name in self.results
+            ):
                 value = value.float().mean(dim=1)
             if value.shape == (n_layers, n_tokens):
                 columns[name] = value.flatten().numpy()
@@ -90,7 +95,8 @@ class Trace(Mapping[str, Any]):
         """Write every tensor result to one safetensors file; see `load`."""
         record = {"chat": self.chat, "token_strings": self.token_strings}
         record["host"] = dataclasses.asdict(self.host)
-        tensors = {"tokens": self.tokens} | dict(_tensors(self.results))
+        results = {f"results/{name}": tensor for name, tensor in _tensors(self.results)}
+        tensors = {"tokens": self.tokens} | results
         return save_record(path, "Trace", tensors, record)
 
     @classmethod
@@ -100,7 +106,8 @@ class Trace(Mapping[str, Any]):
         host = record["host"] | {"processing": tuple(record["host"]["processing"])}
         tokens = tensors.pop("tokens")
         strings = tuple(record["token_strings"])
-        return cls(tokens, strings, HostInfo(**host), tensors, record["chat"])
+        results = {name.removeprefix("results/"): tensor for name, tensor in tensors.items()}
+        return cls(tokens, strings, HostInfo(**host), results, record["chat"])
 
 
 class TraceOptions(TypedDict, total=False):
@@ -172,9 +179,10 @@ def trace(
         ModelError: the model lacks a site, a hook did not fire as it should, the residual identity
             does not hold, or an activation is NaN or infinite (the first such layer is named).
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be 1 or more")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}; a whole number from 1 on is meant")
     info = describe(model)
+    collectors = _as_list(collectors)
     _check_collectors(model, collectors, info)
     texts = tokenize(
         model,
@@ -223,7 +231,7 @@ def _trace_batch(
                 if site.name == "resid_post":
                     _check_finite(own, info, site.layer)
                 for index in indices:
-                    workers[row][index].update(site.name, site.layer, own)
+                    _update(workers[row][index], site, own)
 
         return take
 
@@ -240,6 +248,32 @@ def _trace_batch(
         )
         for text, own in zip(texts, workers, strict=True)
     ]
+
+
+def _update(collector: Collector, site: Site, activation: Tensor) -> None:
+    """Hand over an activation, and see that it comes back as it was."""
+    if activation.is_inference():  # such tensors keep no count of their changes
+        collector.update(site.name, site.layer, activation)
+        return
+    before = activation._version
+    collector.update(site.name, site.layer, activation)
+    if activation._version != before:
+        raise InputError(
+            f"the collector {_name(collector)!r} changed the activation of {site.name!r} in place, "
+            "and with it the rest of the forward pass; work on a copy"
+        )
+
+
+def _as_list(collectors: Any) -> list[Collector]:
+    if isinstance(collectors, Collector) or not isinstance(collectors, Iterable):
+        raise InputError(f"a list of collectors is meant, not {type(collectors).__name__}")
+    listed = list(collectors)
+    for collector in listed:
+        if isinstance(collector, type) or not hasattr(collector, "update"):
+            raise InputError(
+                f"{collector!r} is no collector; pass an instance, as in [SinkScores()]"
+            )
+    return listed
 
 
 def _without_padding(activation: Tensor, site: Site, n_tokens: int) -> Tensor:

@@ -102,6 +102,10 @@ def detect_sinks(
     if criterion == "reference" and thresholds:
         raise InputError(f"criterion='reference' has no threshold {sorted(thresholds)[0]!r}")
     checked = evidence.check_thresholds(thresholds) if criterion == "evidence" else {}
+    if primary is not None:
+        if isinstance(primary, bool) or int(primary) != primary:
+            raise InputError(f"primary is {primary!r}; the position of a token is meant")
+        primary = int(primary)
     collectors: list[Collector] = [
         _geometry(criterion, primary),
         # Every token that has a later query is judged; what is shown is hidden below min_queries.
@@ -164,9 +168,11 @@ def _sink_map(
         centered_alignment=detection.centered_alignment,
         norm=geometry.norm,
         centered_norm=geometry.centered_norm,
+        ordinary_norm=geometry.ordinary_norm,
+        ordinary_centered_norm=geometry.ordinary_centered_norm,
         sink_score=shown,
         attention_ratio=detection.attention_ratio,
-        notes=tuple(_notes(found, detection.phases)),
+        notes=(*_notes(found, detection.phases), *detection.notes),
     )
 
 
@@ -180,5 +186,6 @@ def _notes(found: Trace, phases: tuple[tuple[int, int], ...]) -> Iterator[str]:
         yield (
             "no primary sink: no token at the beginning is massive, keeps its direction and draws "
             f"attention. The text begins with {found.token_strings[0]!r}; if the model was not "
-            "trained with that token in front, pass prepend_bos=False (or True, if it was)"
+            "trained with that token in front, pass prepend_bos=False (or True, if it was). If the "
+            "primary stands elsewhere, name its position with primary="
         )

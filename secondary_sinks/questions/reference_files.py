@@ -111,7 +111,7 @@ def _map_of(record: dict[str, Any], name: str, tokenizer: Any) -> SinkMap:
         if not layers:
             raise ValueError(f"the sink at position {position} has no layers")
         sinks.append(Sink(int(position), string, token, kind, layers))
-    first = sinks[0]
+    first = sinks[0] if sinks else None
     return SinkMap(
         tokens=None,
         token_strings=(),
@@ -119,8 +119,8 @@ def _map_of(record: dict[str, Any], name: str, tokenizer: Any) -> SinkMap:
         model={"name": name},
         criterion="reference",
         thresholds={},
-        primary_position=first.position,
-        phases=((first.l_start, first.layers[-1] + 1),),
+        primary_position=first.position if first else 0,
+        phases=((first.l_start, first.layers[-1] + 1),) if first else (),
         sinks=tuple(sinks),
         record={key: value for key, value in record.items() if key != "candidate_sinks"},
     )

@@ -8,6 +8,7 @@ import torch
 import secondary_sinks as ss
 from secondary_sinks.explain import attention, evidence
 from secondary_sinks.models.planted import PlantedPhase, PlantedSink, planted_model, random_planted
+from secondary_sinks.observe.collectors import Geometry
 
 
 def found(sinks):
@@ -145,6 +146,84 @@ def test_random_models_have_no_sinks(tiny, family, tokens_of):
     assert sinks.sinks == ()
     assert any("no primary sink" in note for note in sinks.notes)
     assert len(sinks.margins()) == 10
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+def test_most_tokens_may_be_sinks(share):
+    """What is ordinary is not what most tokens are."""
+    model = one_sink()
+    tokens = model.tokens(96)
+    every = torch.arange(4, 90)
+    chosen = every[torch.rand(len(every), generator=torch.Generator().manual_seed(0)) < share]
+    tokens[0, chosen] = 20
+    sinks = ss.detect_sinks(model.load(), tokens)
+    assert found(sinks) == planted(model.truth(tokens))
+    assert len(sinks.secondary) > share * 60
+
+
+def test_a_sink_that_outlives_a_break_of_the_primary_stays_secondary():
+    """Two phases, one life of a token through both, by hand."""
+    n_layers, n_tokens = 12, 40
+    centered = torch.zeros(1, n_layers, n_tokens)
+    norm = torch.ones(n_layers, n_tokens)
+    score = attention.uniform_score(n_tokens).expand(n_layers, 2, n_tokens).clone()
+    for token, layers in ((0, [1, 2, 3, 4, 7, 8, 9, 10]), (20, [3, 4, 7, 8, 9])):
+        centered[0, layers, token] = 1
+        norm[layers, token] = 50
+        score[1:, :, token] *= 20
+    persistence = torch.ones(1, n_layers)
+    persistence[0, [1, 5, 7]] = 0
+    geometry = Geometry(
+        candidates=(0,),
+        norm=norm,
+        centered_norm=norm,
+        alignment=centered,
+        centered_alignment=centered,
+        persistence=persistence,
+        common_norm=torch.zeros(n_layers),
+        ordinary_norm=torch.ones(n_layers),
+        ordinary_centered_norm=torch.ones(n_layers),
+    )
+    detection = evidence.detect(
+        geometry,
+        score,
+        list(range(n_tokens)),
+        tuple(map(str, range(n_tokens))),
+        thresholds=evidence.DEFAULTS,
+    )
+    assert detection.phases == ((1, 5), (7, 11))
+    of_token = [(s.kind, s.l_start, s.lifetime) for s in detection.sinks if s.position == 20]
+    assert of_token == [("secondary", 3, 2), ("secondary", 7, 3)]
+
+
+def test_more_than_nothing_is_not_yet_attention():
+    """Ordinary tokens draw nothing; a token that draws ten times that is no sink."""
+    n_tokens = 40
+    centered = torch.zeros(1, 6, n_tokens)
+    norm = torch.ones(6, n_tokens)
+    for token in (0, 20):
+        centered[0, 1:5, token], norm[1:5, token] = 1, 50
+    centered[0, 1, 20] = 0
+    geometry = Geometry(
+        candidates=(0,),
+        norm=norm,
+        centered_norm=norm,
+        alignment=centered,
+        centered_alignment=centered,
+        persistence=torch.tensor([[torch.nan, 0, 1, 1, 1, 0]]),
+        common_norm=torch.zeros(6),
+        ordinary_norm=torch.ones(6),
+        ordinary_centered_norm=torch.ones(6),
+    )
+    for factor, expected in ((1e-5, 0), (1.0, 1)):
+        score = (attention.uniform_score(n_tokens) * 0.1 * factor).expand(6, 2, n_tokens).clone()
+        score[:, :, 0] = 0.9
+        score[:, :, 20] *= 30
+        strings = tuple(map(str, range(n_tokens)))
+        detection = evidence.detect(
+            geometry, score, list(range(n_tokens)), strings, thresholds=evidence.DEFAULTS
+        )
+        assert sum(s.position == 20 for s in detection.sinks) == expected
 
 
 def test_a_primary_of_ones_own_choice(tiny, tokens_of):

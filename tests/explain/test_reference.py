@@ -96,6 +96,14 @@ def test_records_are_written_as_they_were_read(tmp_path):
     assert (tmp_path / "again.jsonl").read_text() == path.read_text()
 
 
+def test_a_text_without_sinks_can_be_written_and_read(tmp_path, tiny, tokens_of):
+    sinks = ss.detect_sinks(tiny("llama"), tokens_of(20))
+    assert sinks.sinks == ()
+    (back,) = ss.read_reference(ss.write_reference(tmp_path / "none.jsonl", sinks))
+    assert back.sinks == ()
+    assert ss.sink_levels(back).n_texts == 1
+
+
 def test_older_files_say_cliff(tmp_path):
     record = json.loads(json.dumps(RECORD))
     record["candidate_sinks"]["12"]["sink_type"] = "cliff"
@@ -126,7 +134,7 @@ def test_measured_maps_go_out_and_come_back(tmp_path, tiny, tokens_of):
         '{"candidate_sinks": {"0": {"layer": [1',
         "{}",
         "[]",
-        json.dumps(RECORD | {"candidate_sinks": {}}),
+        json.dumps(RECORD | {"candidate_sinks": []}),
         json.dumps(
             RECORD | {"candidate_sinks": {"0": {"layer": [], "token_id": 1, "sink_type": "noise"}}}
         ),

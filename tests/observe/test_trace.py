@@ -8,6 +8,7 @@ import torch
 import secondary_sinks as ss
 from secondary_sinks.models import host
 from secondary_sinks.models.host import Site, check_residual_identity, describe, observe
+from secondary_sinks.models.planted import PlantedPhase, planted_model
 
 N = 24  # longer than every sliding window of the tiny models
 
@@ -230,6 +231,56 @@ def test_an_error_in_a_collector_leaves_no_hook(tiny, tokens_of):
     assert count_hooks(model) == 0
 
 
+def test_hooks_made_for_one_text_are_not_run_on_another(make_tiny, tokens_of):
+    """The identity is checked on a few arbitrary tokens; a user's hook may not fit those."""
+    model = make_tiny("llama")
+
+    def edit(value, hook):
+        value[:, 20] = 0
+        return value
+
+    model.add_hook("blocks.1.hook_mlp_out", edit)
+    model.add_hook("blocks.1.hook_resid_post", lambda value, hook: value * 2)
+    assert check_residual_identity(model) < 1e-5
+    seen = ss.trace(model, tokens_of(N), [ss.Norms("mlp_out")])["mlp_out_norm"]
+    assert seen[1, 20] == 0
+    assert count_hooks(model) == 2
+
+
+def test_a_collector_that_changes_what_it_sees_is_refused(tiny, tokens_of):
+    class Careless(ss.Collector):
+        sites = ("mlp_out",)
+
+        def update(self, site, layer, activation):
+            activation.mul_(0)
+
+    with pytest.raises(ss.InputError, match="in place"):
+        ss.trace(tiny("llama"), tokens_of(N), [Careless()])
+
+
+@pytest.mark.parametrize("name", ["attention_dropout", "attn_pdrop"])
+def test_random_attention_is_refused(make_tiny, tokens_of, name):
+    model = make_tiny("llama")
+    setattr(model.original_model.config, name, 0.5)
+    ss.trace(model, tokens_of(N), [ss.ResidualNorms()])
+    model.train()
+    with pytest.raises(ss.ModelError, match=name):
+        ss.trace(model, tokens_of(N), [ss.ResidualNorms()])
+
+
+def test_frames_of_models_as_deep_as_there_are_candidates(tokens_of):
+    """[candidate, layer, token] must not be taken for [layer, head, token]."""
+    model = planted_model(n_layers=8, phases=(PlantedPhase(start=1, end=7, norm=200),))
+    host, tokens = model.load(), model.tokens(32)
+    collectors = [ss.ResidualGeometry(candidates=tuple(range(8))), ss.SinkScores()]
+    seen = ss.trace(host, tokens, collectors)
+    frame = seen.to_frame()
+    assert "ResidualGeometry.norm" in frame
+    assert "ResidualGeometry.alignment" not in frame
+    picked = frame[(frame.layer == 3) & (frame.position == 5)].SinkScores.item()
+    assert picked == pytest.approx(seen["SinkScores"][3, :, 5].mean().item())
+
+
 def test_mode_weights_and_gradients_are_left_alone(make_tiny, tokens_of):
     model = make_tiny("llama")
     model.train()
@@ -294,8 +345,10 @@ def test_the_residual_identity_is_checked(tiny, family):
 
 def test_a_block_that_breaks_the_identity_is_refused(make_tiny, tokens_of):
     model = make_tiny("llama")
-    model.add_hook("blocks.1.hook_mlp_out", lambda value, hook: value.clone())
-    model.blocks[1].hook_out.add_hook(lambda value, hook: value * 1.1)
+    block = model.blocks[1].original_component
+    block.register_forward_hook(
+        lambda module, inputs, out: out * 1.1 if torch.is_tensor(out) else (out[0] * 1.1, *out[1:])
+    )
     with pytest.raises(ss.ModelError, match="layer 1"):
         ss.trace(model, tokens_of(N), [ss.ResidualNorms()])
 
@@ -359,8 +412,14 @@ def test_bad_collectors(tiny, tokens_of):
         ss.trace(model, tokens_of(N), [ss.Norms("nowhere")])
     with pytest.raises(ss.ModelError, match="mlp_pre_linear"):
         ss.trace(tiny("gpt2"), tokens_of(N), [ss.Norms("mlp_pre_linear")])
-    with pytest.raises(ss.InputError, match="batch_size"):
-        ss.trace(model, tokens_of(N), [ss.ResidualNorms()], batch_size=0)
+    for size in (0, 1.5, None):
+        with pytest.raises(ss.InputError, match="batch_size"):
+            ss.trace(model, tokens_of(N), [ss.ResidualNorms()], batch_size=size)
+    for collectors in (ss.ResidualNorms(), [ss.ResidualNorms], "ResidualNorms", None):
+        with pytest.raises(ss.InputError, match="collector"):
+            ss.trace(model, tokens_of(N), collectors)
+    seen = ss.trace(model, tokens_of(N), (c for c in [ss.ResidualNorms()]))
+    assert list(seen) == ["ResidualNorms"]
 
 
 def test_sink_rate_is_the_share_of_heads_above_epsilon():
