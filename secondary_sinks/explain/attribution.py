@@ -35,6 +35,9 @@ class Ablation:
     """Centered alignment with the primary, mean over the layers of the clean sink's life."""
     norm: Float[Tensor, "sink layer"]
     """Residual norm, mean over the same layers."""
+    length: Float[Tensor, "sink layer"]
+    """Length along the sink direction (centered norm times centered alignment), mean over the same
+    layers."""
     lifetime: Int[Tensor, "sink layer"]
     """Number of layers of its primary phase after which the token is still a sink."""
     score: Float[Tensor, "sink layer"]
@@ -101,6 +104,9 @@ class SinkAttribution:
     """Residual norm, mean over the life."""
     alignment: float
     """Centered alignment, mean over the life."""
+    length: float
+    """Length along the sink direction (centered norm times centered alignment), mean over the
+    life."""
     score: float
     """Sink score, mean over heads and the layers that show the life; NaN where nothing does."""
     verdict: Verdict
@@ -183,6 +189,7 @@ class MlpAttribution:
                     "runner_up_share": verdict.runner_up_share,
                     "norm": sink.norm,
                     "norm_without": float(self.mlp_zero.norm[index, layer]),
+                    "length_left": float(self.mlp_zero.length[index, layer]) / sink.length,
                     "lifetime_without": int(self.mlp_zero.lifetime[index, layer]),
                     "transplant_share": float(self.transplant.share[index, layer]),
                     "transplant_lifetime": float(self.transplant.lifetime[index, layer]),

@@ -7,8 +7,9 @@ residual. Three tests ask which, and none of them suffices alone:
   attention block, or the embedding) contributes. The parts add up to the residual's own. It is what
   ordinary tokens also get from the same block that is no write of a *sink*, so the verdict looks at
   what goes beyond their mean;
-* **necessity**: the sink is gone when that MLP's output at the token is zeroed. The *feeders* pass
-  this test as well: earlier layers that build the feature which the writer reads;
+* **necessity**: the sink is gone, or a fraction of itself, when that MLP's output at the token is
+  zeroed. The *feeders* pass this test as well: earlier layers that build the feature which the
+  writer reads;
 * **sufficiency**: the MLP's output at the token, put in the place of the same MLP's output at
   ordinary tokens, makes sinks of them.
 
@@ -34,6 +35,10 @@ from secondary_sinks.explain.statistics import (
 
 MIN_TRANSPLANTS = 0.5
 """Share of the transplants that must make a sink for a layer's output to count as sufficient."""
+MAX_LEFT = 0.25
+"""A layer is necessary if at most this share of the sink's length along the sink direction is left
+without it. "No sink at all" would ask too much: the thresholds of detection let a remnant a tenth
+as long as the sink pass for one in some layers."""
 CO_WRITER = 0.5
 """An upstream layer without which the sink does not arise is a feeder if it writes less than this
 share of what the writer writes, and a co-writer otherwise."""
@@ -65,37 +70,39 @@ def judge(
     write: Float[Tensor, "layer"],
     projection: float,
     lifetime_without: Int[Tensor, "layer"],
+    left: Float[Tensor, "layer"],
     transplant_share: Float[Tensor, "layer"],
     onset: int,
 ) -> Verdict:
     """Name the writer of one sink and its feeders.
 
     The *writer* is the layer whose MLP, among those at or before the onset, (a) writes the largest
-    part along the sink direction, (b) is necessary: zeroing its output at the token leaves a
-    lifetime of 0, and (c) is sufficient: `MIN_TRANSPLANTS` or more of the transplants of its output
-    into ordinary tokens make a sink. If the layer of (a) fails (b) or (c) there is no writer, and
-    the reason says which failed. *Feeders* are layers before the writer that are necessary and
-    write less than `CO_WRITER` of what the writer does; necessary ones that write more are
-    *co-writers*.
+    part along the sink direction, (b) is necessary: zeroing its output at the token leaves no sink,
+    or at most `MAX_LEFT` of its length along the sink direction, and (c) is sufficient:
+    `MIN_TRANSPLANTS` or more of the transplants of its output into ordinary tokens make a sink. If
+    the layer of (a) fails (b) or (c) there is no writer, and the reason says which failed.
+    *Feeders* are layers before the writer that are necessary and write less than `CO_WRITER` of
+    what the writer does; necessary ones that write more are *co-writers*.
 
     Args:
         write: what each MLP writes along the sink direction, beyond what ordinary tokens get.
         projection: of the residual after the onset layer, beyond that of ordinary tokens.
         lifetime_without: layers for which the token is a sink with that MLP's output zeroed.
+        left: share of the sink's length along the sink direction that is left then.
         transplant_share: share of the transplants of that MLP's output that made a sink.
         onset: first layer after which the token is a sink.
     """
     order = write[: onset + 1].argsort(descending=True).tolist()
     candidate = order[0]
     runner_up = order[1] if len(order) > 1 else None
-    necessary = (lifetime_without == 0).tolist()
+    necessary = ((lifetime_without == 0) | (left <= MAX_LEFT)).tolist()
     reasons = []
     if not write[candidate] > 0:
         reasons.append("no MLP up to the onset writes along the sink direction")
     if not necessary[candidate]:
         reasons.append(
             f"MLP {candidate} writes most, but without it the sink still lives "
-            f"{int(lifetime_without[candidate])} layers"
+            f"{int(lifetime_without[candidate])} layers with {left[candidate]:.0%} of its length"
         )
     share = float(transplant_share[candidate])
     if not share >= MIN_TRANSPLANTS:

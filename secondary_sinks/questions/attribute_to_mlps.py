@@ -16,7 +16,7 @@ from secondary_sinks.explain.attribution import (
     Transplant,
 )
 from secondary_sinks.explain.sinks import Sink, SinkMap
-from secondary_sinks.explain.writers import Control, compare, judge
+from secondary_sinks.explain.writers import MAX_LEFT, Control, compare, judge
 from secondary_sinks.intervene.interventions import Intervention
 from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
@@ -156,7 +156,7 @@ def sink_map_of(
         found = sinks or detect_sinks(model, text, chat=chat, fwd_hooks=fwd_hooks)
     if not isinstance(found, SinkMap):
         raise InputError("several texts: ask about one at a time")
-    if found.centered_alignment is None or found.centered_norm is None or found.tokens is None:
+    if found.criterion != "evidence" or found.centered_norm is None or found.tokens is None:
         raise InputError("the sink map must come from detect_sinks with criterion='evidence'")
     return found
 
@@ -204,14 +204,17 @@ def _record(
         writes.excess[index],
         float(writes.excess_projection[index, sink.l_start]),
         without.lifetime[index],
+        without.length[index] / target.clean_length(),
         transplant.share[index],
         sink.l_start,
     )
     attention = ablations["attention_zero"]
     needed: list[int] = []
     if attention is not None:
-        up_to_onset = attention.lifetime[index, : sink.l_start + 1]
-        needed = (up_to_onset == 0).nonzero().flatten().tolist()
+        gone = (attention.lifetime[index] == 0) | (
+            attention.length[index] <= MAX_LEFT * target.clean_length()
+        )
+        needed = gone[: sink.l_start + 1].nonzero().flatten().tolist()
     return SinkAttribution(
         position=sink.position,
         token=sink.token,
@@ -220,6 +223,7 @@ def _record(
         lifetime=target.clean_lifetime,
         norm=target.clean_norm(),
         alignment=target.clean_alignment(),
+        length=target.clean_length(),
         score=target.clean_score(),
         verdict=verdict,
         attention_feeders=tuple(needed),

@@ -129,8 +129,15 @@ class Target:
         """Centered alignment of the unedited token, mean over the life."""
         return _life_mean(self.sinks.centered_alignment, self.life, self.sink.position)
 
+    def clean_length(self) -> float:
+        """Length of the unedited token along the sink direction, mean over the life."""
+        norm, alignment = self.sinks.centered_norm, self.sinks.centered_alignment
+        if norm is None or alignment is None:
+            return math.nan
+        return _life_mean(norm * alignment, self.life, self.sink.position)
+
     def clean_along(self, position: int) -> float:
-        """The same of an unedited token."""
+        """The same of any unedited token."""
         norm, alignment = self.sinks.centered_norm, self.sinks.centered_alignment
         if norm is None or alignment is None:
             return math.nan
@@ -216,7 +223,9 @@ class Sweep:
         for target, index in zip(self._targets, self._ablated[name], strict=True):
             alignment = rows.centered_alignment[index][:, target.life].mean(dim=1)
             norm = rows.norm[index][:, target.life].mean(dim=1)
-            lines.append((alignment, norm, target.lifetime(rows)[index], target.score(rows)[index]))
+            length = (rows.centered_norm * rows.centered_alignment)[index][:, target.life].mean(1)
+            lifetime, score = target.lifetime(rows)[index], target.score(rows)[index]
+            lines.append((alignment, norm, length, lifetime, score))
         return Ablation(*(torch.stack(column) for column in zip(*lines, strict=True)))
 
     def transplant(self, rows: CounterfactualRows) -> Transplant:

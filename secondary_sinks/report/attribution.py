@@ -1,7 +1,8 @@
 """An attribution as a picture: which layers a sink needs, and which of them writes it.
 
 Two heat maps side by side, one row a sink and one column a layer. On the left, necessity: the share
-of the sink's life that is lost when that MLP's output at its token is zeroed; on the right, the
+of the sink's length along the sink direction that is lost when that MLP's output at its token is
+zeroed; on the right, the
 direct write: what that MLP adds along the sink direction, over the residual's own projection after
 the onset (both beyond ordinary tokens). The writer is the cell that is dark in both, and outlined;
 feeders are dark on the left alone.
@@ -55,7 +56,7 @@ def plot_attribution(attribution: MlpAttribution, *, cell: float = 0.11) -> Figu
     with styled():
         figure = new_figure(left + 2 * (width + bars) + _RIGHT, _TOP + height + _BOTTOM)
         panels = (
-            ("necessity: share of the life lost", _life_lost(attribution)[:n], "Greys", 0.0),
+            ("necessity: share of the sink lost", _length_lost(attribution)[:n], "Greys", 0.0),
             ("direct write: share of the sink", _write_share(attribution)[:n], "RdGy_r", -1.0),
         )
         for number, (title, values, colors, least) in enumerate(panels):
@@ -84,9 +85,9 @@ def plot_attribution(attribution: MlpAttribution, *, cell: float = 0.11) -> Figu
     return figure
 
 
-def _life_lost(attribution: MlpAttribution) -> np.ndarray:
-    clean = np.array([sink.lifetime for sink in attribution.sinks])[:, None]
-    lost: np.ndarray = 1 - attribution.mlp_zero.lifetime.numpy() / clean
+def _length_lost(attribution: MlpAttribution) -> np.ndarray:
+    clean = np.array([sink.length for sink in attribution.sinks])[:, None]
+    lost: np.ndarray = 1 - attribution.mlp_zero.length.numpy() / clean
     return lost.clip(0, 1)
 
 

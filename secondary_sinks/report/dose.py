@@ -16,7 +16,7 @@ from secondary_sinks.errors import InputError
 from secondary_sinks.questions.dose_response import DoseResponse
 from secondary_sinks.report.style import COLORS, add_panel, new_figure, styled, visible
 
-_LEFT, _TOP, _BOTTOM, _GAP, _RIGHT = 0.6, 0.55, 0.5, 0.6, 0.15  # inches
+_LEFT, _TOP, _BOTTOM, _GAP, _RIGHT = 0.6, 0.4, 0.5, 0.6, 0.15  # inches
 
 
 def plot_dose_response(curve: DoseResponse, *, panel: float = 1.6) -> Figure:
