@@ -124,6 +124,8 @@ class _KeyMeter:
 
     def scores_editor(self, layer: int, visible: Tensor) -> Editor:
         n = self._n_tokens
+        later = torch.arange(n)[:, None] > self._positions
+        looks = later & visible[:n, self._positions]
 
         def mask(scores: Tensor) -> Tensor:
             sees = visible.to(scores.device)
@@ -135,10 +137,7 @@ class _KeyMeter:
             self._top, self._top_key = clean.max(dim=-1)
             self._to_token = clean[:, :, self._positions]
             self._to_row = scores[0, :, :n, n:].float()
-            later = torch.arange(n, device=scores.device)[:, None] > self._positions.to(
-                scores.device
-            )
-            self._looks = later & sees[:n, self._positions]
+            self._looks = looks.to(scores.device)
             return masked
 
         return mask

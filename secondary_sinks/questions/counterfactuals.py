@@ -252,8 +252,7 @@ def _in_chunks(
             except (MemoryError, torch.OutOfMemoryError) as error:
                 if size == 1:
                     raise ModelError(
-                        f"not even one row fits into memory behind {n_tokens} tokens: "
-                        "shorten the text"
+                        f"not even one row fits into memory behind {n_tokens} tokens; shorten it"
                     ) from error
                 size = max(1, len(chunk) // 2)
                 continue
@@ -339,13 +338,12 @@ def _measure_difference(model: Any, clean: CleanRun, engine: Engine, n_tokens: i
     except (ModelError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return float("inf")  # the host does not take the mask, the positions, or the cache
     full, _ = run_full(model, short, rows, totals=False)
+    largest = full.direct_score.nan_to_num(0).max().clamp_min(1e-30)
     pairs = [
         ((fast.norm - full.norm) / full.norm, full.norm),
         (fast.centered_alignment - full.centered_alignment, full.centered_alignment),
-        (fast.direct_score - full.direct_score, full.direct_score),
+        ((fast.direct_score - full.direct_score) / largest, full.direct_score),
     ]
-    largest = full.direct_score.nan_to_num(0).max().clamp_min(1e-30)
-    pairs[2] = (pairs[2][0] / largest, pairs[2][1])
     # NaN is right where the oracle has it too: the last token of a text is never looked at.
     return max(
         float(difference[~torch.isnan(oracle)].abs().nan_to_num(nan=float("inf")).max())
@@ -355,8 +353,14 @@ def _measure_difference(model: Any, clean: CleanRun, engine: Engine, n_tokens: i
 
 
 def _tolerance(model: Any) -> float:
+    """Largest difference from a full pass that rounding may explain: 1e-4 in float32, 6e-2 in
+    bfloat16, 8e-3 in float16.
+
+    Measured in bfloat16 on tiny models of nine families: up to 4e-3 in self-tests and 9e-3 over
+    many edits, all of it in direct scores; a mask that is ignored gives differences near one.
+    """
     eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    return max(1e-4, 16 * eps)
+    return max(1e-4, 8 * eps)
 
 
 def _sink_map(

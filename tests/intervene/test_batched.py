@@ -187,3 +187,25 @@ def test_no_hook_is_left_when_an_edit_raises(make_tiny, tokens_of):
     with pytest.raises(RuntimeError, match="broken edit"):
         ss.counterfactuals(model, tokens_of(N), [I("mlp_out", 1, 5, broken)], method="batched")
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize("method", ["packed", "batched"])
+def test_bfloat16(tiny, tokens_of, method):
+    """Residuals agree to rounding; direct scores, which add up rounded weights, to a hundredth."""
+    config = transformers.LlamaConfig(
+        **SIZE, intermediate_size=48, num_key_value_heads=2, max_position_embeddings=128
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    hf = hf.to(torch.bfloat16).eval()
+    model = ss.load_model(hf, tokenizer=tiny("gpt2").tokenizer, progress=False)
+    fast = ss.counterfactuals(model, tokens_of(N), interventions(False), method=method)
+    full = ss.counterfactuals(
+        model, tokens_of(N), interventions(False), method="full", progress=False
+    )
+    assert fast.self_test < 0.06
+    torch.testing.assert_close(fast.norm, full.norm, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(
+        fast.direct_score, full.direct_score, rtol=0.03, atol=0.003, equal_nan=True
+    )
