@@ -22,8 +22,8 @@ from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
 from secondary_sinks.questions.attribution_rows import ControlPlan, Sweep, Target
 from secondary_sinks.questions.counterfactuals import CounterfactualRows, Method, counterfactuals
-from secondary_sinks.questions.detect_sinks import detect_sinks
 from secondary_sinks.questions.direct_writes import direct_writes
+from secondary_sinks.questions.given import sink_map_of
 
 
 def attribute_to_mlps(
@@ -139,26 +139,6 @@ def attribute_to_mlps(
         primary_position=found.primary_position,
         **ablations,  # type: ignore[arg-type]
     )
-
-
-def sink_map_of(
-    model: Any,
-    text: Text | SinkMap,
-    sinks: SinkMap | None,
-    *,
-    chat: bool,
-    fwd_hooks: Sequence[UserHook],
-) -> SinkMap:
-    """The text's sink map: as given, or found now."""
-    if isinstance(text, SinkMap):
-        found: SinkMap | list[SinkMap] = text
-    else:
-        found = sinks or detect_sinks(model, text, chat=chat, fwd_hooks=fwd_hooks)
-    if not isinstance(found, SinkMap):
-        raise InputError("several texts: ask about one at a time")
-    if found.criterion != "evidence" or found.centered_norm is None or found.tokens is None:
-        raise InputError("the sink map must come from detect_sinks with criterion='evidence'")
-    return found
 
 
 def _chosen(sinks: SinkMap, which: Literal["secondary"] | Sequence[Sink]) -> list[Sink]:

@@ -23,8 +23,8 @@ from secondary_sinks.intervene.interventions import Intervention, Row, check_row
 from secondary_sinks.intervene.packed import run_packed
 from secondary_sinks.intervene.rows import RowStates
 from secondary_sinks.models.host import UserHook, describe
-from secondary_sinks.models.text import Text, is_many
-from secondary_sinks.questions.detect_sinks import detect_sinks
+from secondary_sinks.models.text import Text
+from secondary_sinks.questions.given import sink_map_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +179,7 @@ def counterfactuals(
         raise InputError(f"no method {method!r}; use 'auto', 'packed', 'batched' or 'full'")
     if method == "batched" and fwd_hooks:
         raise InputError("batched rows run one token at a time, where fwd_hooks cannot be trusted")
-    sinks = _sink_map(model, text, sinks, chat, fwd_hooks)
+    sinks = sink_map_of(model, text, sinks, chat=chat, fwd_hooks=fwd_hooks)
     rows = rows_of(interventions)
     check_rows(model, rows, sinks.n_tokens)
     clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks)
@@ -361,30 +361,6 @@ def _tolerance(model: Any) -> float:
     """
     eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
     return max(1e-4, 8 * eps)
-
-
-def _sink_map(
-    model: Any,
-    text: Text | SinkMap,
-    sinks: SinkMap | None,
-    chat: bool,
-    fwd_hooks: Sequence[UserHook],
-) -> SinkMap:
-    if isinstance(text, SinkMap):
-        sinks, text = text, _required(text.tokens)
-    if sinks is None:
-        if is_many(text):
-            raise InputError("several texts: run counterfactuals on one at a time")
-        found = detect_sinks(model, text, chat=chat, fwd_hooks=fwd_hooks)
-        return found if isinstance(found, SinkMap) else found[0]
-    if sinks.criterion != "evidence" or sinks.tokens is None:
-        raise InputError("the sink map must come from detect_sinks with criterion='evidence'")
-    name = describe(model).name
-    if sinks.model.get("name") != name or sinks.n_layers != describe(model).n_layers:
-        raise InputError(f"the sink map is of {sinks.model.get('name')!r}, the model is {name!r}")
-    if isinstance(text, Tensor) and not torch.equal(text.reshape(-1).cpu().long(), sinks.tokens):
-        raise InputError("the sink map is of other tokens than the text")
-    return sinks
 
 
 def _required(value: Tensor | None) -> Tensor:

@@ -31,7 +31,7 @@ from secondary_sinks.intervene.interventions import SITES, Intervention, check_r
 from secondary_sinks.intervene.whole_text import MEMORY_BUDGET, TextState, run_whole_texts
 from secondary_sinks.models.host import Editor, Site, UserHook, describe, forward
 from secondary_sinks.models.text import Text
-from secondary_sinks.questions.counterfactuals import _sink_map as sink_map_of
+from secondary_sinks.questions.given import sink_map_of
 
 Metric: TypeAlias = "str | Callable[[TextState], Tensor]"
 METRICS = ("sink_score", "norm", "alignment")
@@ -102,7 +102,10 @@ def patch_activations(
         ModelError: a model that cannot be measured, or a metric without gradient.
     """
     _check_options(sites, metric, direction, scan, n_checked)
-    maps = [sink_map_of(model, text, None, chat, fwd_hooks) for text in (clean, corrupted)]
+    maps = [
+        sink_map_of(model, text, None, chat=chat, fwd_hooks=fwd_hooks)
+        for text in (clean, corrupted)
+    ]
     pairs = _pairs(maps, positions)
     kept = pairs if token_positions is None else _only(pairs, token_positions)
     at = _position(maps, pairs, position, metric)

@@ -34,8 +34,8 @@ from secondary_sinks.intervene.rows import Place, edit_hooks
 from secondary_sinks.intervene.whole_text import MEMORY_BUDGET, texts_per_pass
 from secondary_sinks.models.host import Editor, Site, UserHook, describe, forward
 from secondary_sinks.models.text import Text
-from secondary_sinks.questions.counterfactuals import _sink_map as sink_map_of
 from secondary_sinks.questions.counterfactuals import counterfactuals
+from secondary_sinks.questions.given import sink_map_of
 
 SILENCE = Zero()
 """The default edit: nothing in the place of the writer's output."""
@@ -84,7 +84,7 @@ def path_effect(
     """
     if receiver not in get_args(Receiver):
         raise InputError(f"no receiver {receiver!r}; use 'k', 'v' or 'mlp'")
-    found = sink_map_of(model, text, None, chat, fwd_hooks)
+    found = sink_map_of(model, text, None, chat=chat, fwd_hooks=fwd_hooks)
     position, writer = _written(found, sink, writer)
     removed = Intervention("mlp_out", writer, position, edit)
     check_rows(model, [(removed,)], found.n_tokens)

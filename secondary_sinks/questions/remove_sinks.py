@@ -38,7 +38,7 @@ from secondary_sinks.intervene.whole_text import (
 )
 from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
-from secondary_sinks.questions.counterfactuals import _sink_map as sink_map_of
+from secondary_sinks.questions.given import sink_map_of
 
 SILENCE = Zero()
 """The default edit: nothing in the place of the writer's output."""
@@ -99,7 +99,7 @@ def remove_sinks(
         raise InputError(f"n_controls is {n_controls}; 0 or more are meant")
     chosen = None if isinstance(sinks, SinkMap) or sinks is None else list(sinks)
     known = sinks if isinstance(sinks, SinkMap) else None
-    found = sink_map_of(model, text, known, chat, fwd_hooks)
+    found = sink_map_of(model, text, known, chat=chat, fwd_hooks=fwd_hooks)
     meant = _chosen(found, chosen)
     written = _writers(meant, writers)
     clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks)
