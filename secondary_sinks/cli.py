@@ -1,5 +1,7 @@
 """The command line: `secondary-sinks detect`, `levels`, `models`, `fetch`, `demo`.
 
+The commands that intervene (`attribute`, `dose`, `patch`, `remove`) are in `cli_causal`.
+
     secondary-sinks demo
     secondary-sinks detect smollm2-135m --text "Once upon a time ..." --out out/tale
     secondary-sinks detect ./my-finetune --jsonl answers.jsonl --chat --out out/answers
@@ -16,22 +18,18 @@ answers at once.
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secondary_sinks import __version__
+from secondary_sinks import __version__, cli_causal
 from secondary_sinks.cli_inputs import Source, as_model_input, read_sources
 from secondary_sinks.cli_outputs import (
     json_record,
-    one_line,
     read_maps,
     without_arrays,
     writable_folder,
@@ -39,11 +37,18 @@ from secondary_sinks.cli_outputs import (
     write_map,
     write_texts,
 )
+from secondary_sinks.cli_shared import (
+    Dtype,
+    Kind,
+    err_console,
+    handled,
+    load,
+    out_console,
+    say_written,
+)
 from secondary_sinks.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from secondary_sinks.explain.levels import SinkLevels
     from secondary_sinks.explain.sinks import SinkMap
 
@@ -59,54 +64,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Command = TypeVar("Command", bound=Callable[..., None])
-
 
 class Criterion(str, Enum):
     """Which definition of a sink; see `detect_sinks`."""
 
     evidence = "evidence"
     reference = "reference"
-
-
-class Dtype(str, Enum):
-    """Number format of the weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Kind(str, Enum):
-    """TransformerLens class to load into."""
-
-    bridge = "bridge"
-    hooked = "hooked"
-
-
-def _handled(command: Command) -> Command:
-    """The command with errors as one line and the right exit code."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader of a pipe has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
-        except (typer.Exit, typer.Abort, typer.BadParameter):
-            raise
-        except Exception as error:
-            if os.environ.get("SECONDARY_SINKS_DEBUG", "") not in ("", "0"):
-                raise
-            # Not through rich, which would break the line to the width of the terminal.
-            typer.echo(f"error: {one_line(error)}", err=True)
-            raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
-
-    return run  # type: ignore[return-value]
 
 
 def _show_version(value: bool) -> None:
@@ -126,7 +89,7 @@ def _root(
 
 
 @app.command()
-@_handled
+@handled
 def detect(
     model: Annotated[
         str, typer.Argument(help="An alias, a hub id, a folder with safetensors or a .gguf file.")
@@ -186,7 +149,7 @@ def detect(
     sources = read_sources(text, file, jsonl)
     _check_thresholds(criterion.value, thresholds)
     folder = writable_folder(out)
-    loaded = _load(
+    loaded = load(
         model,
         device=device,
         dtype=dtype.value,
@@ -206,7 +169,7 @@ def detect(
         if as_json:
             typer.echo(json.dumps(json_record(source.name, sinks)))
         elif jsonl is None:
-            _out().print(sink_report(sinks))
+            out_console().print(sink_report(sinks))
         maps.append(without_arrays(sinks))
         lengths.append(sinks.n_tokens if length is None else min(length, sinks.n_tokens))
     if jsonl is not None:
@@ -218,11 +181,11 @@ def detect(
             write_levels(folder, [_levels_of(maps)])
         if folder is not None and criterion is Criterion.reference:
             write_reference(folder / "sink_detection.jsonl", maps, prompt_lengths=lengths)
-    _say_written(folder)
+    say_written(folder)
 
 
 @app.command()
-@_handled
+@handled
 def levels(
     files: Annotated[
         list[Path],
@@ -239,14 +202,14 @@ def levels(
     from secondary_sinks.report.table import levels_table
 
     found = [sink_levels(maps, max_spread=max_spread) for maps in read_maps(files).values()]
-    _out().print(levels_table(found))
+    out_console().print(levels_table(found))
     if folder is not None:
         write_levels(folder, found)
-    _say_written(folder)
+    say_written(folder)
 
 
 @app.command()
-@_handled
+@handled
 def models() -> None:
     """List the short names of models."""
     from rich.table import Table
@@ -264,36 +227,36 @@ def models() -> None:
             str(alias.layers or "?"),
             "yes" if alias.needs_hub else "no",
         )
-    _out().print(table)
+    out_console().print(table)
 
 
 @app.command()
-@_handled
+@handled
 def fetch(
     alias: Annotated[str, typer.Argument(help="A name that `secondary-sinks models` lists.")],
 ) -> None:
     """Download a model and convert it, so that loading it needs no network."""
     from secondary_sinks.models.fetch import fetch as fetch_model
 
-    typer.echo(str(fetch_model(alias, progress=_err().is_terminal)))
+    typer.echo(str(fetch_model(alias, progress=err_console().is_terminal)))
 
 
 @app.command()
-@_handled
+@handled
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
     model: Annotated[str, typer.Option(help="Another model to try it on.")] = DEMO_MODEL,
 ) -> None:
     """Find the sinks of a bundled conversation, and write them as data and as a picture."""
     folder = writable_folder(out)
-    loaded = _load(model)
+    loaded = load(model)
     from secondary_sinks.questions.detect_sinks import detect_sinks
     from secondary_sinks.report.style import save_figure
     from secondary_sinks.report.table import sink_report
 
     text = demo_messages()
     sinks = _as_list(detect_sinks(loaded, text, max_tokens=DEMO_TOKENS, progress=False))[0]
-    _out().print(sink_report(sinks))
+    out_console().print(sink_report(sinks))
     if folder is None:
         return
     written = write_map(folder, "sinks", sinks)
@@ -309,36 +272,6 @@ def demo_messages() -> list[dict[str, str]]:
     bundled = files("secondary_sinks") / "data" / "demo_prompt.json"
     messages: list[dict[str, str]] = json.loads(bundled.read_text(encoding="utf-8"))["messages"]
     return messages
-
-
-def _load(
-    model: str,
-    *,
-    device: str | None = None,
-    dtype: str = "float32",
-    kind: str = "bridge",
-    **options: Any,
-) -> Any:
-    err = _err()
-    typer.echo(f"loading {model}", err=True)
-    import torch
-
-    from secondary_sinks.models.load import load_model
-
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"device {device!r} cannot be used: {reason}") from error
-    return load_model(
-        model,
-        device=device,
-        dtype=getattr(torch, dtype),
-        kind=kind,  # type: ignore[arg-type]
-        progress=err.is_terminal,
-        **options,
-    )
 
 
 def _detect_all(
@@ -360,8 +293,8 @@ def _detect_all(
     from secondary_sinks.questions.detect_sinks import detect_sinks
 
     batches = [sources[i : i + batch_size] for i in range(0, len(sources), batch_size)]
-    hidden = len(batches) == 1 or not _err().is_terminal
-    for batch in track(batches, "detecting sinks", console=_err(), disable=hidden):
+    hidden = len(batches) == 1 or not err_console().is_terminal
+    for batch in track(batches, "detecting sinks", console=err_console(), disable=hidden):
         try:
             inputs = [as_model_input(model, source, chat=chat) for source in batch]
             maps = detect_sinks(
@@ -405,25 +338,11 @@ def _levels_of(maps: Sequence[SinkMap]) -> SinkLevels:
 def _print_summary(maps: Sequence[SinkMap], names: Sequence[str]) -> None:
     from secondary_sinks.report.table import levels_table, texts_table
 
-    _out().print(texts_table(maps, names))
-    _out().print(levels_table([_levels_of(maps)]))
+    out_console().print(texts_table(maps, names))
+    out_console().print(levels_table([_levels_of(maps)]))
 
 
-def _say_written(folder: Path | None) -> None:
-    if folder is not None:
-        typer.echo(f"written to {folder}", err=True)
-
-
-def _out() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-def _err() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+cli_causal.add_to(app)
 
 
 def main() -> None:
