@@ -63,6 +63,8 @@ def _invented(
         centered_alignment=alignment,
         norm=norm,
         centered_norm=norm,
+        ordinary_norm=norm.median(dim=1).values,
+        ordinary_centered_norm=norm.median(dim=1).values,
         sink_score=score,
         attention_ratio=ratio,
     )
