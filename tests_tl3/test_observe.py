@@ -7,7 +7,8 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import secondary_sinks as ss
-from secondary_sinks.models.host import check_residual_identity, describe
+from secondary_sinks.models.host import describe
+from secondary_sinks.models.identity import check_residual_identity
 from secondary_sinks.models.planted import random_planted
 
 COLLECTORS = [

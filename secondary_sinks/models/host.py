@@ -8,17 +8,15 @@ Everything that knows the name of a hook is in this file. The rest of the librar
 
 A site has the same name and shape in both TransformerLens generations (`TransformerBridge` and
 `HookedTransformer`). `observe` runs the model once and hands each activation to a function as it
-appears. The host can fail silently (a hook that exists and never fires, an identity that does not
-hold in an unusual block), so `observe` counts what fired and `check_residual_identity` tests, once
-a model, that `resid_pre + attn_out + mlp_out` is `resid_post`; both raise.
+appears. The host can fail silently (a hook that exists and never fires, a sum that does not
+hold in an unusual block), so `forward` counts what fired, and raises; whether the residual stream
+is the sum that everything rests on is checked in `models.identity`.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -253,82 +251,6 @@ def layer_sites(names: Iterable[str], n_layers: int) -> list[Site]:
     return sites
 
 
-_identity_checked: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
-
-
-def check_residual_identity(model: Any, *, n_tokens: int = 8) -> float:
-    """Check that `resid_pre + attn_out + mlp_out == resid_post` in every block, once a model.
-
-    The attribution of anything to an MLP rests on this sum. It is tested on a few arbitrary tokens
-    the first time that a model is seen.
-
-    Returns:
-        The largest relative error over layers, |sum - resid_post| / |resid_post|.
-
-    Raises:
-        ModelError: the sum is off by more than rounding in the model's own precision explains.
-    """
-    if model in _identity_checked:
-        return _identity_checked[model]
-    info = describe(model)
-    n_tokens = min(n_tokens, info.n_ctx or n_tokens)
-    tokens = (torch.arange(n_tokens) % int(model.cfg.d_vocab))[None]
-    running: dict[int, Tensor] = {}
-    errors = torch.zeros(info.n_layers)
-    rounding = 0.0
-
-    def add(layer: int) -> Observer:
-        def observer(activation: Tensor) -> None:
-            part = activation.float()
-            running[layer] = part if layer not in running else running[layer] + part
-
-        return observer
-
-    def compare(layer: int) -> Observer:
-        def observer(activation: Tensor) -> None:
-            nonlocal rounding
-            rounding = max(rounding, torch.finfo(activation.dtype).eps)
-            after = activation.float()
-            error = (running.pop(layer).to(after.device) - after).norm() / after.norm()
-            errors[layer] = error.cpu()
-
-        return observer
-
-    observers = {
-        Site(name, layer): compare(layer) if name == "resid_post" else add(layer)
-        for layer in range(info.n_layers)
-        for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")
-    }
-    with _lens_hooks_aside(model):
-        observe(model, tokens, torch.ones_like(tokens), observers)
-    worst = float(errors.nan_to_num(nan=float("inf")).max())
-    if torch.isfinite(errors).all() and worst > max(1e-4, 8 * rounding):
-        raise ModelError(
-            f"in {info.name!r}, layer {int(errors.argmax())}, the residual stream is not the sum "
-            f"of what the attention and the MLP add to it (relative error {worst:.1e}): its "
-            "blocks are built in a way that this library does not know"
-        )
-    _identity_checked[model] = worst
-    return worst
-
-
-@contextmanager
-def _lens_hooks_aside(model: Any) -> Iterator[None]:
-    """Within the block the host's hook points have none of the user's functions.
-
-    They may be meant for one text alone, and a text of a few arbitrary tokens is not that one.
-    """
-    points = {id(point): point for point in model.hook_dict.values()}.values()
-    kept = [(point, point._forward_hooks) for point in points]
-    for point, _ in kept:
-        point._forward_hooks = OrderedDict()
-    try:
-        yield
-    finally:
-        for point, hooks in kept:
-            point._forward_hooks = hooks
-
-
 def _hook_name(model: Any, site: Site) -> str:
     """The canonical hook name of a site.
 
@@ -448,7 +370,6 @@ __all__ = [
     "HostInfo",
     "Observer",
     "Site",
-    "check_residual_identity",
     "describe",
     "has_site",
     "layer_sites",

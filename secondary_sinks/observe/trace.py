@@ -25,12 +25,12 @@ from secondary_sinks.models.host import (
     HostInfo,
     Site,
     UserHook,
-    check_residual_identity,
     describe,
     has_site,
     layer_sites,
     observe,
 )
+from secondary_sinks.models.identity import check_residual_identity
 from secondary_sinks.models.text import Message, Text, TokenizedText, is_many, pad, tokenize
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.storage import load_record, save_record

@@ -7,7 +7,8 @@ import torch
 
 import secondary_sinks as ss
 from secondary_sinks.models import host
-from secondary_sinks.models.host import Site, check_residual_identity, describe, observe
+from secondary_sinks.models.host import Site, describe, observe
+from secondary_sinks.models.identity import check_residual_identity
 from secondary_sinks.models.planted import PlantedPhase, planted_model
 
 N = 24  # longer than every sliding window of the tiny models
