@@ -1,7 +1,7 @@
-"""The identity that every attribution rests on: a block adds its attention and its MLP, nothing else.
+"""The identity that attributions rest on: a block adds its attention and its MLP, nothing else.
 
-`resid_pre + attn_out + mlp_out == resid_post`, checked once a model, because a host can wrap a block
-in which it does not hold and would say nothing.
+`resid_pre + attn_out + mlp_out == resid_post`, checked once a model, because a host can wrap a
+block in which it does not hold and would say nothing.
 """
 
 from __future__ import annotations
