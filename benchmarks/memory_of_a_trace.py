@@ -5,7 +5,9 @@ massive activations of every layer and head costs less than 150 MB above a plain
 512 tokens of Qwen2.5-0.5B, where `run_with_cache` keeps some 4 GB.
 
 Each side runs in a process of its own, one after the other, and reports the growth of its peak
-resident memory over what it had with the model loaded and warmed up on two tokens.
+resident memory over what it had with the model loaded and warmed up on two tokens. The C library is
+told to give freed tensors back at once (`MALLOC_MMAP_THRESHOLD_`); what it would otherwise keep for
+later differs by hundreds of megabytes from run to run.
 
     python benchmarks/memory_of_a_trace.py [--model qwen2.5-coder-0.5b] [--tokens 512] [--repeats 3]
 """
@@ -13,12 +15,14 @@ resident memory over what it had with the model loaded and warmed up on two toke
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 SIDES = {
     "plain forward": "the last position's logits only, no key-value cache",
@@ -77,7 +81,6 @@ def main() -> None:
         measure(options.side, options.model, options.tokens)
         return
     import torch
-    import transformer_lens
     import transformers
 
     runs: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
@@ -85,7 +88,10 @@ def main() -> None:
         for side in SIDES:
             command = [sys.executable, __file__, "--side", side, "--model", options.model]
             command += ["--tokens", str(options.tokens)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
+            output = subprocess.run(
+                command, check=True, capture_output=True, text=True, env=environment
+            ).stdout
             memory, seconds = output.split()[:2]
             runs[side].append((float(memory), float(seconds)))
     plain = statistics.median(memory for memory, _ in runs["plain forward"])
@@ -93,7 +99,7 @@ def main() -> None:
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads; torch {torch.__version__}, "
         f"transformers {transformers.__version__}, "
-        f"transformer-lens {getattr(transformer_lens, '__version__', '?')}"
+        f"transformer-lens {version('transformer-lens')}"
     )
     print(f"{'':<16}{'peak MB':>10}{'above plain MB':>16}{'seconds':>10}")
     for side, what in SIDES.items():
