@@ -63,6 +63,9 @@ DEFAULTS: dict[str, float | int] = {
   have no sink score of their own.
 """
 
+LEAST_DRAWN = 0.1
+"""Attention that a sink draws at least, over that of uniform attention."""
+
 PRIMARY_SHARE = 0.25
 """A candidate is the primary only if its norm ratio is this share of the largest one's or more."""
 
@@ -386,8 +389,8 @@ def _is_looked_at(
 ) -> bool:
     """Whether the attention test passes; where no later token exists, it cannot be asked.
 
-    Beside the ratio, the token must draw what uniform attention would give it: where the primary
-    takes all there is, ordinary tokens draw nothing, and ten times nothing is no sink.
+    Beside the ratio, the token must draw a fair part of what uniform attention would give it: where
+    the primary takes all there is, ordinary tokens draw nothing, and ten times nothing is no sink.
     """
     n_layers, n_tokens = view.attention.shape
     if token == n_tokens - 1:
@@ -395,7 +398,8 @@ def _is_looked_at(
     if layers == (n_layers - 1,):
         return False  # no later block: nothing could show that anybody looks
     ratio = _life_mean(view.attention, token, layers)
-    return ratio >= thresholds["min_attention_ratio"] and _life_mean(view.drawn, token, layers) >= 1
+    drawn = _life_mean(view.drawn, token, layers)
+    return ratio >= thresholds["min_attention_ratio"] and drawn >= LEAST_DRAWN
 
 
 def _life_mean(
