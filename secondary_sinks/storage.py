@@ -20,6 +20,13 @@ from secondary_sinks.errors import InputError, LoadError
 FORMAT = 1
 
 
+def split_fields(result: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The fields of a result object: those that are tensors, and the rest."""
+    fields = vars(result)
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in fields.items() if name not in tensors}
+
+
 def save_record(
     path: str | Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> Path:

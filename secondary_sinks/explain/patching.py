@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.storage import load_record, save_record
+from secondary_sinks.storage import load_record, save_record, split_fields
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,9 +153,7 @@ class PatchResult:
         Raises:
             InputError: the folder cannot be written.
         """
-        fields = vars(self)
-        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-        record = {name: value for name, value in fields.items() if name not in tensors}
+        tensors, record = split_fields(self)
         return save_record(path, "PatchResult", tensors, record)
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.storage import load_record, save_record
+from secondary_sinks.storage import load_record, save_record, split_fields
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,9 +114,7 @@ class PathEffect:
         Raises:
             InputError: the folder cannot be written.
         """
-        fields = vars(self)
-        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-        record = {name: value for name, value in fields.items() if name not in tensors}
+        tensors, record = split_fields(self)
         return save_record(path, "PathEffect", tensors, record)
 
     @classmethod

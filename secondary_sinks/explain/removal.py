@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.explain.sinks import Sink
-from secondary_sinks.storage import load_record, save_record
+from secondary_sinks.storage import load_record, save_record, split_fields
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,9 +197,7 @@ class SinkRemoval:
         Raises:
             InputError: the folder cannot be written.
         """
-        fields = vars(self)
-        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-        record = {name: value for name, value in fields.items() if name not in tensors}
+        tensors, record = split_fields(self)
         record["sinks"] = [dataclasses.asdict(sink) for sink in self.sinks]
         return save_record(path, "SinkRemoval", tensors, record)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -16,17 +16,7 @@ from secondary_sinks.models.host import Site, describe, has_site
 EditSite = Literal[
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "k", "v", "mlp_post"
 ]
-SITES: tuple[str, ...] = (
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "attn_out",
-    "mlp_out",
-    "z",
-    "k",
-    "v",
-    "mlp_post",
-)
+SITES: tuple[str, ...] = get_args(EditSite)
 
 
 @dataclass(frozen=True)
