@@ -44,7 +44,7 @@ _HOME = {
     "attribute_to_mlps": "questions.attribute_to_mlps",
     "MlpAttribution": "explain.attribution",
     "dose_response": "questions.dose_response",
-    "DoseResponse": "questions.dose_response",
+    "DoseResponse": "explain.doses",
     "remove_sinks": "questions.remove_sinks",
     "SinkRemoval": "explain.removal",
     "patch_activations": "questions.patch_activations",

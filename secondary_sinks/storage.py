@@ -20,13 +20,6 @@ from secondary_sinks.errors import InputError, LoadError
 FORMAT = 1
 
 
-def split_fields(result: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The fields of a result object: those that are tensors, and the rest."""
-    fields = vars(result)
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    return tensors, {name: value for name, value in fields.items() if name not in tensors}
-
-
 def save_record(
     path: str | Path, kind: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> Path:
@@ -45,8 +38,9 @@ def save_record(
         "secondary_sinks": __version__,
         "record": json.dumps(record),
     }
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return write_atomically(path, lambda part: save_file(contiguous, part, metadata=header))
+    # Copies, because safetensors refuses two names for one piece of memory.
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return write_atomically(path, lambda part: save_file(own, part, metadata=header))
 
 
 def load_record(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

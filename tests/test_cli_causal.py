@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 import secondary_sinks as ss
 from secondary_sinks import cli
 from secondary_sinks.explain.attribution import MlpAttribution
+from secondary_sinks.explain.doses import DoseResponse
 from secondary_sinks.explain.patching import PatchResult
 from secondary_sinks.explain.removal import SinkRemoval
 from secondary_sinks.models.planted import PlantedPhase, PlantedSink, planted_model
-from secondary_sinks.questions.dose_response import DoseResponse
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.explain.writers import Comparison, Control, Verdict
-from secondary_sinks.storage import load_record, save_record
+from secondary_sinks.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +125,7 @@ class SinkAttribution:
 
 
 @dataclass(frozen=True)
-class MlpAttribution:
+class MlpAttribution(Result):
     """Which MLP wrote each sink of a text, with every layer's effect; see `attribute_to_mlps`."""
 
     sinks: tuple[SinkAttribution, ...]
@@ -157,14 +156,6 @@ class MlpAttribution:
         name, count = self.model.get("name", "?"), len(self.sinks)
         plural = "" if count == 1 else "s"
         return f"MlpAttribution({name!r}, {count} sink{plural}, writers: {named})"
-
-    def _repr_html_(self) -> str:
-        import html
-
-        frame = self.to_frame()
-        frame["token"] = frame["token"].map(repr)
-        table = frame.to_html(index=False, float_format=lambda value: f"{value:.3g}", max_rows=60)
-        return f"<p>{html.escape(repr(self))}</p>{table}"
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each sink: its writer, its feeders, and how the tests came out."""
@@ -228,42 +219,6 @@ class MlpAttribution:
         from secondary_sinks.report.attribution import plot_attribution
 
         return plot_attribution(self, **kwargs)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        record: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("n_layers", "controls", "seed", "engine", "model", "primary_position")
-        }
-        record["sinks"] = [dataclasses.asdict(sink) for sink in self.sinks]
-        record["error"] = self.direct_write.error
-        return save_record(path, "MlpAttribution", self._tensors(), record)
-
-    @classmethod
-    def load(cls, path: str | Path) -> MlpAttribution:
-        """Read what `save` wrote.
-
-        Raises:
-            LoadError: no such file, or it is no such result.
-        """
-        tensors, record = load_record(path, "MlpAttribution")
-        groups: dict[str, dict[str, Any]] = {}
-        for name, value in tensors.items():
-            group, _, field = name.partition(".")
-            groups.setdefault(group, {})[field] = value
-        groups["direct_write"]["error"] = record.pop("error")
-        kinds: dict[str, Any] = {"transplant": Transplant, "direct_write": DirectWrite}
-        parts = {name: kinds.get(name, Ablation)(**group) for name, group in groups.items()}
-        if "processing" in record["model"]:
-            record["model"]["processing"] = tuple(record["model"]["processing"])
-        absent = {"attention_zero": None, "attention_mean": None}
-        record["sinks"] = tuple(_sink_from(entry) for entry in record["sinks"])
-        record["controls"] = tuple(Control(*entry) for entry in record["controls"])
-        return cls(**(absent | record | parts))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

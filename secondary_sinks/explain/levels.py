@@ -12,14 +12,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.sinks import Sink, SinkMap
-from secondary_sinks.storage import load_record, save_record
+from secondary_sinks.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +41,7 @@ class SinkLevel:
 
 
 @dataclass(frozen=True)
-class SinkLevels:
+class SinkLevels(Result):
     """The sink levels of one model over many texts."""
 
     levels: tuple[SinkLevel, ...]
@@ -85,11 +84,6 @@ class SinkLevels:
             f"{self.n_texts} texts, onset+lifetime: {found or 'none'}{more})"
         )
 
-    def _repr_html_(self) -> str:
-        import html
-
-        return f"<p>{html.escape(repr(self))}</p>" + self.to_frame().to_html(index=False)
-
     def to_frame(self) -> pd.DataFrame:
         """One row for each level."""
         import pandas as pd
@@ -114,39 +108,6 @@ class SinkLevels:
         from secondary_sinks.report.levels import plot_sink_levels
 
         return plot_sink_levels(self, **kwargs)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the levels to one file.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        import dataclasses
-
-        record = dataclasses.asdict(self)
-        record["counts"] = [[*pair, count] for pair, count in self.counts.items()]
-        return save_record(path, "SinkLevels", {}, record)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SinkLevels:
-        """Read what `save` wrote.
-
-        Raises:
-            LoadError: no such file, or it holds no sink levels.
-        """
-        _, record = load_record(path, "SinkLevels")
-        record["counts"] = {(onset, life): count for onset, life, count in record["counts"]}
-        record["levels"] = tuple(
-            SinkLevel(
-                **level
-                | {
-                    "lifetimes": tuple(level["lifetimes"]),
-                    "tokens": tuple((token, count) for token, count in level["tokens"]),
-                }
-            )
-            for level in record["levels"]
-        )
-        return cls(**record)
 
 
 def find_levels(maps: Sequence[SinkMap], *, max_spread: int = 2) -> SinkLevels:

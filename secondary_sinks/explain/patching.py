@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.storage import load_record, save_record, split_fields
+from secondary_sinks.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +21,7 @@ Scan = Literal["exact", "attribution"]
 
 
 @dataclass(frozen=True)
-class PatchResult:
+class PatchResult(Result):
     """A metric of one run (the *base*) with single activations taken from another (the *source*).
 
     Denoising patches clean activations into the corrupted run, noising the other way round.
@@ -106,14 +105,10 @@ class PatchResult:
         at = corrupted if self.direction == "denoising" else clean
         return f"largest at {self.sites[site]} {self.layers[layer]} token {at}"
 
-    def _repr_html_(self) -> str:
-        import html
-
+    def _notebook_frame(self) -> pd.DataFrame:
         frame = self.to_frame()
         order = frame["effect"].abs().sort_values(ascending=False).index
-        table = frame.loc[order].head(10).assign(token=frame["token"].map(repr))
-        shown = table.to_html(index=False, float_format=lambda value: f"{value:.4g}")
-        return f"<p>{html.escape(repr(self))}</p>{shown}"
+        return frame.loc[order].head(10)
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each cell; `exact` holds the exact metric where it is known."""
@@ -146,27 +141,3 @@ class PatchResult:
         from secondary_sinks.report.patching import plot_patching
 
         return plot_patching(self, **kwargs)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        tensors, record = split_fields(self)
-        return save_record(path, "PatchResult", tensors, record)
-
-    @classmethod
-    def load(cls, path: str | Path) -> PatchResult:
-        """Read what `save` wrote.
-
-        Raises:
-            LoadError: no such file, or it is no such result.
-        """
-        tensors, record = load_record(path, "PatchResult")
-        for name in ("sites", "layers", "tokens", "position", "metric_layers"):
-            record[name] = tuple(record[name])
-        record["pairs"] = tuple((int(one), int(other)) for one, other in record["pairs"])
-        if "processing" in record["model"]:
-            record["model"]["processing"] = tuple(record["model"]["processing"])
-        return cls(**(record | tensors))

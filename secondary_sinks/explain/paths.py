@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.storage import load_record, save_record, split_fields
+from secondary_sinks.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +26,7 @@ MEASURES: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class PathEffect:
+class PathEffect(Result):
     """A receiver's reading of one token: clean, with one path cut, and with all of them cut.
 
     The last axis is the head for keys, the key-value head for values, and of length 1 for MLPs.
@@ -82,12 +81,8 @@ class PathEffect:
             f"{self.without_path[strongest].mean():.4g} at {self.layers[strongest]})"
         )
 
-    def _repr_html_(self) -> str:
-        import html
-
-        means = self.to_frame().drop(columns="part").groupby("layer", as_index=False).mean()
-        table = means.to_html(index=False, float_format=lambda value: f"{value:.4g}")
-        return f"<p>{html.escape(repr(self))}</p>{table}"
+    def _notebook_frame(self) -> pd.DataFrame:
+        return self.to_frame().drop(columns="part").groupby("layer", as_index=False).mean()
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each layer and part (head, key-value head, or the MLP)."""
@@ -107,25 +102,3 @@ class PathEffect:
         from secondary_sinks.report.patching import plot_path
 
         return plot_path(self, **kwargs)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        tensors, record = split_fields(self)
-        return save_record(path, "PathEffect", tensors, record)
-
-    @classmethod
-    def load(cls, path: str | Path) -> PathEffect:
-        """Read what `save` wrote.
-
-        Raises:
-            LoadError: no such file, or it is no such result.
-        """
-        tensors, record = load_record(path, "PathEffect")
-        record["layers"] = tuple(record["layers"])
-        if "processing" in record["model"]:
-            record["model"]["processing"] = tuple(record["model"]["processing"])
-        return cls(**(record | tensors))

@@ -6,9 +6,7 @@ them. Nothing here touches a model.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.explain.sinks import Sink
-from secondary_sinks.storage import load_record, save_record, split_fields
+from secondary_sinks.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SinkRemoval:
+class SinkRemoval(Result):
     """The text with its secondary sinks, without them, and with as many other tokens edited.
 
     `where` axes run over the edits; `control` axes over the seeded control runs.
@@ -114,11 +112,8 @@ class SinkRemoval:
             f"{len(self.control_where)} controls)"
         )
 
-    def _repr_html_(self) -> str:
-        import html
-
-        table = self.summary().to_html(index=False, float_format=lambda value: f"{value:.4g}")
-        return f"<p>{html.escape(repr(self))}</p>{table}"
+    def _notebook_frame(self) -> pd.DataFrame:
+        return self.summary()
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each layer: the primary's sink score, mean over heads, in every condition.
@@ -190,35 +185,6 @@ class SinkRemoval:
         from secondary_sinks.report.removal import plot_removal
 
         return plot_removal(self, **kwargs)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        tensors, record = split_fields(self)
-        record["sinks"] = [dataclasses.asdict(sink) for sink in self.sinks]
-        return save_record(path, "SinkRemoval", tensors, record)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SinkRemoval:
-        """Read what `save` wrote.
-
-        Raises:
-            LoadError: no such file, or it is not a removal.
-        """
-        tensors, record = load_record(path, "SinkRemoval")
-        record["sinks"] = tuple(
-            Sink(**(entry | {"layers": tuple(entry["layers"])})) for entry in record["sinks"]
-        )
-        record["where"] = _pairs(record["where"])
-        record["control_where"] = tuple(_pairs(one) for one in record["control_where"])
-        for name in ("donors", "token_strings"):
-            record[name] = tuple(record[name])
-        if "processing" in record["model"]:
-            record["model"]["processing"] = tuple(record["model"]["processing"])
-        return cls(**(record | tensors))
 
     def _live(self, score: Float[Tensor, "layer head"]) -> float:
         return float(score[self.live_layers].mean())

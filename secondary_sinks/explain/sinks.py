@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.errors import InputError, LoadError
-from secondary_sinks.storage import load_record, save_record
+from secondary_sinks.errors import InputError
+from secondary_sinks.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +84,7 @@ class Sink:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkMap:
+class SinkMap(Result):
     """The sinks of one text in one model.
 
     Arrays are None in maps that were read from published records, which hold none.
@@ -150,16 +148,6 @@ class SinkMap:
             f"primary at {self.primary_position} in layers {phases}{processed})"
         )
 
-    def _repr_html_(self) -> str:
-        import html
-
-        caption = html.escape(repr(self))
-        frame = self.to_frame()
-        frame["token"] = frame["token"].map(repr)
-        return f"<p>{caption}</p>" + frame.to_html(
-            index=False, float_format=lambda value: f"{value:.3g}", max_rows=60
-        )
-
     def to_frame(self) -> pd.DataFrame:
         """One row for each sink: who, when, how strong."""
         import pandas as pd
@@ -213,47 +201,6 @@ class SinkMap:
         from secondary_sinks.report.sink_map import plot_sink_map
 
         return plot_sink_map(self, **kwargs)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the map to one safetensors file.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        tensors = {
-            entry.name: value
-            for entry in dataclasses.fields(self)
-            if isinstance(value := getattr(self, entry.name), Tensor)
-        }
-        record = {
-            entry.name: getattr(self, entry.name)
-            for entry in dataclasses.fields(self)
-            if entry.name != "sinks" and not isinstance(getattr(self, entry.name), Tensor)
-        }
-        record["sinks"] = [dataclasses.asdict(sink) for sink in self.sinks]
-        return save_record(path, "SinkMap", tensors, record)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SinkMap:
-        """Read what `save` wrote.
-
-        Raises:
-            LoadError: no such file, or it is not a sink map.
-        """
-        tensors, record = load_record(path, "SinkMap")
-        try:
-            record["sinks"] = tuple(_sink_from(entry) for entry in record["sinks"])
-            record["phases"] = tuple(tuple(phase) for phase in record["phases"])
-            for name in ("token_strings", "notes"):
-                record[name] = tuple(record[name])
-            if "processing" in record["model"]:
-                record["model"]["processing"] = tuple(record["model"]["processing"])
-            return cls(**(record | tensors))
-        except (KeyError, TypeError, ValueError) as error:
-            raise LoadError(
-                f"{path} is no sink map of this version ({type(error).__name__}: {error}); detect "
-                "the sinks again"
-            ) from error
 
 
 def _sink_from(entry: dict[str, Any]) -> Sink:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
+from secondary_sinks.explain.doses import DoseResponse
 from secondary_sinks.explain.sinks import Sink, SinkMap
-from secondary_sinks.explain.statistics import Correlation, spearman
+from secondary_sinks.explain.statistics import spearman
 from secondary_sinks.intervene.edits import Scale, Zero
 from secondary_sinks.intervene.interventions import Intervention
 from secondary_sinks.models.host import UserHook
@@ -26,136 +23,14 @@ from secondary_sinks.questions.attribute_to_mlps import has_sink
 from secondary_sinks.questions.attribution_rows import Target
 from secondary_sinks.questions.counterfactuals import CounterfactualRows, Method, counterfactuals
 from secondary_sinks.questions.given import sink_map_of
-from secondary_sinks.storage import load_record, save_record
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+    pass
 
 SCALES: tuple[float, ...] = tuple(step / 8 for step in range(21))
 """Default multiples of the writer's output: 0 to 2.5 in 21 steps, the clean 1 among them."""
 N_TOTALS = 5
 """On how many of the scales the total score is measured."""
-
-
-@dataclass(frozen=True)
-class DoseResponse:
-    """One sink under multiples of its writer's output; see `dose_response`."""
-
-    position: int
-    token: str
-    layers: tuple[int, ...]
-    """The clean sink's life."""
-    writer: int
-    scales: Float[Tensor, "dose"]
-    written_norm: Float[Tensor, "dose"]
-    """Norm of the scaled MLP output: what is written."""
-    norm: Float[Tensor, "dose layer"]
-    """Residual norm after each block."""
-    alignment: Float[Tensor, "dose layer"]
-    """Centered alignment with the primary."""
-    is_sink: Bool[Tensor, "dose layer"]
-    """Whether the token is a sink, in the layers of its primary phase."""
-    direct_score: Float[Tensor, "dose layer"]
-    """Mean over heads of the sink score that the token's keys draw from the clean queries."""
-    total_score: Float[Tensor, "dose layer"]
-    """The same with everything after the token recomputed; NaN at doses where it was not asked."""
-    score_correlation: Correlation
-    """Spearman's of written norm and `score`, with a bootstrap interval over doses."""
-    lifetime_correlation: Correlation
-    """Spearman's of written norm and lifetime. NaN where the lifetime does not vary."""
-    seed: int
-    engine: str
-    """Which engine ran the direct rows: "packed" or "full"."""
-    model: dict[str, Any]
-
-    @property
-    def lifetime(self) -> Int[Tensor, "dose"]:
-        """Number of layers of its phase after which the token is a sink."""
-        return self.is_sink.sum(dim=1)
-
-    @property
-    def score(self) -> Float[Tensor, "dose"]:
-        """Mean direct score over the layers that show the clean sink's life; NaN if none does."""
-        return self.direct_score[:, self._shown].mean(dim=1)
-
-    @property
-    def total(self) -> Float[Tensor, "dose"]:
-        """Mean total score over the same layers."""
-        return self.total_score[:, self._shown].mean(dim=1)
-
-    @property
-    def _shown(self) -> list[int]:
-        return [layer + 1 for layer in self.layers if layer + 1 < self.norm.shape[1]]
-
-    def __repr__(self) -> str:
-        return (
-            f"DoseResponse({self.token!r} at {self.position}, MLP {self.writer}, "
-            f"{len(self.scales)} doses from {self.scales.min():g} to {self.scales.max():g}: "
-            f"rho {self.score_correlation.rho:.2f} with score, "
-            f"{self.lifetime_correlation.rho:.2f} with lifetime)"
-        )
-
-    def _repr_html_(self) -> str:
-        import html
-
-        table = self.to_frame().to_html(
-            index=False, float_format=lambda value: f"{value:.3g}", max_rows=60
-        )
-        return f"<p>{html.escape(repr(self))}</p>{table}"
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row for each dose; norm and alignment are those after the onset layer."""
-        import pandas as pd
-
-        onset = self.layers[0]
-        return pd.DataFrame(
-            {
-                "scale": self.scales.tolist(),
-                "written_norm": self.written_norm.tolist(),
-                "norm": self.norm[:, onset].tolist(),
-                "alignment": self.alignment[:, onset].tolist(),
-                "lifetime": self.lifetime.tolist(),
-                "direct_score": self.score.tolist(),
-                "total_score": self.total.tolist(),
-            }
-        )
-
-    def plot(self, **kwargs: Any) -> Figure:
-        """Curves over the written norm; see `secondary_sinks.report.dose.plot_dose_response`."""
-        from secondary_sinks.report.dose import plot_dose_response
-
-        return plot_dose_response(self, **kwargs)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-        record = {
-            name: dataclasses.asdict(value) if isinstance(value, Correlation) else value
-            for name, value in fields.items()
-            if name not in tensors
-        }
-        return save_record(path, "DoseResponse", tensors, record)
-
-    @classmethod
-    def load(cls, path: str | Path) -> DoseResponse:
-        """Read what `save` wrote.
-
-        Raises:
-            LoadError: no such file, or it is no such result.
-        """
-        tensors, record = load_record(path, "DoseResponse")
-        record["layers"] = tuple(record["layers"])
-        if "processing" in record["model"]:
-            record["model"]["processing"] = tuple(record["model"]["processing"])
-        for name in ("score_correlation", "lifetime_correlation"):
-            record[name] = Correlation(**record[name])
-        return cls(**(record | tensors))
 
 
 def dose_response(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.questions.dose_response import DoseResponse
+from secondary_sinks.explain.doses import DoseResponse
 from secondary_sinks.report.style import COLORS, add_panel, new_figure, styled, visible
 
 _LEFT, _TOP, _BOTTOM, _GAP, _RIGHT = 0.6, 0.4, 0.5, 0.6, 0.15  # inches

@@ -1,0 +1,145 @@
+"""What every result object can do: be saved, be loaded, and show itself in a notebook.
+
+A result is a frozen dataclass that inherits from `Result`. Its fields say how it is stored, so that
+a new kind of result needs no code for it:
+
+>>> @dataclass(frozen=True)
+... class Lengths(Result):
+...     length: Float[Tensor, "token"]
+...     tokens: tuple[str, ...]
+>>> Lengths.load(lengths.save("lengths.safetensors")) == lengths
+
+Fields are tensors, numbers, strings, other dataclasses, and tuples, lists and dictionaries of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from secondary_sinks.errors import LoadError
+from secondary_sinks.storage import load_record, save_record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Self = TypeVar("Self", bound="Result")
+
+# Marks in the stored record: where a tensor stands, and what JSON would take for something else.
+_TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
+
+
+class Result:
+    """Base of all result objects."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """The result as a table."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to one safetensors file.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        record = {
+            entry.name: _to_record(getattr(self, entry.name), entry.name, tensors)
+            for entry in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+        return save_record(path, type(self).__name__, tensors, record)
+
+    @classmethod
+    def load(cls: type[Self], path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            LoadError: no such file, or it is no such result of this version.
+        """
+        tensors, record = load_record(path, cls.__name__)
+        try:
+            loaded: Self = _from_record(record, cls, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise LoadError(
+                f"{path} is no {cls.__name__} of this version ({type(error).__name__}: {error}); "
+                "compute it again"
+            ) from error
+        return loaded
+
+    def _repr_html_(self) -> str:
+        import html
+
+        frame = self._notebook_frame()
+        if "token" in frame:
+            frame["token"] = frame["token"].map(repr)
+        table = frame.to_html(index=False, float_format=lambda value: f"{value:.3g}", max_rows=60)
+        return f"<p>{html.escape(repr(self))}</p>{table}"
+
+    def _notebook_frame(self) -> pd.DataFrame:
+        """The table that a notebook shows; by default all of `to_frame`."""
+        return self.to_frame()
+
+
+def _to_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON can hold it; tensors go into `tensors`, under the path of their field."""
+
+    def inner(one: Any, key: object) -> Any:
+        return _to_record(one, f"{name}.{key}", tensors)
+
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {_TENSOR: name}
+    if dataclasses.is_dataclass(value):
+        names = [entry.name for entry in dataclasses.fields(value)]
+        return {one: inner(getattr(value, one), one) for one in names}
+    if isinstance(value, tuple):
+        return {_TUPLE: [inner(one, index) for index, one in enumerate(value)]}
+    if isinstance(value, list):
+        return [inner(one, index) for index, one in enumerate(value)]
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value):
+            return {key: inner(one, key) for key, one in value.items()}
+        return {_ITEMS: [[inner(key, "key"), inner(one, key)] for key, one in value.items()]}
+    return value
+
+
+def _from_record(value: Any, hint: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `_to_record` was given; `hint` is its type, which says which dataclasses it holds."""
+    hint = _without_none(hint)
+    of_items = get_args(hint) or (Any,)
+
+    def inner(one: Any, hint: Any) -> Any:
+        return _from_record(one, hint, tensors)
+
+    if isinstance(value, list):
+        return [inner(one, of_items[0]) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _TUPLE in value:
+        alike = len(of_items) == 1 or of_items[1] is Ellipsis
+        hints = itertools.repeat(of_items[0]) if alike else of_items
+        items = [inner(*pair) for pair in zip(value[_TUPLE], hints, strict=False)]
+        return hint(*items) if hasattr(hint, "_fields") else tuple(items)  # a named tuple
+    if _ITEMS in value:
+        return {inner(key, of_items[0]): inner(one, of_items[-1]) for key, one in value[_ITEMS]}
+    if dataclasses.is_dataclass(hint):
+        types_of = get_type_hints(hint)
+        make: Any = hint
+        return make(**{key: inner(one, types_of[key]) for key, one in value.items()})
+    return {key: inner(one, of_items[-1]) for key, one in value.items()}
+
+
+def _without_none(hint: Any) -> Any:
+    """`X` for `X | None`."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    kinds = [one for one in get_args(hint) if one is not type(None)]
+    return kinds[0] if len(kinds) == 1 else Any
