@@ -9,9 +9,9 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import secondary_sinks as ss
+from secondary_sinks.intervene import chunks as module
 from secondary_sinks.intervene.hooked_rows import standing_at
 from secondary_sinks.models.planted import random_planted
-from secondary_sinks.questions import counterfactuals as module
 
 N = 24
 I = ss.Intervention  # noqa: E741

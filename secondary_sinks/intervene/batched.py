@@ -26,6 +26,7 @@ What this engine cannot give:
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -58,28 +59,22 @@ def run_batched(
     at: dict[int, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         at[row[0].position].append(number)
-    parts: list[tuple[list[int], RowMeter]] = []
+    parts: list[RowStates] = []
+    done: list[int] = []
     keys: dict[int, list[Tensor]] = {}
     for position, numbers in at.items():
         meter, of_layers = _one_token(
             model, clean, [rows[n] for n in numbers], position, kept, recorded
         )
-        parts.append((numbers, meter))
+        unscored = torch.full((len(numbers), *clean.score.shape[:2]), torch.nan)
+        parts.append(meter.states(torch.full((len(numbers),), position), unscored))
+        done += numbers
         for index, number in enumerate(numbers):
             keys[number] = [layer[index] for layer in of_layers]
-    order = torch.tensor([n for numbers, _ in parts for n in numbers]).argsort()
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(meter, name) for _, meter in parts])[order]
-
     positions = [row[0].position for row in rows]
-    return RowStates(
-        joined("alignment"),
-        joined("centered_alignment"),
-        joined("norm"),
-        joined("centered_norm"),
-        _direct_scores(model, clean, positions, keys, memory_budget),
-    )
+    states = RowStates.joined(parts).take(torch.tensor(done).argsort())
+    score = _direct_scores(model, clean, positions, keys, memory_budget)
+    return dataclasses.replace(states, direct_score=score)
 
 
 def _run_clean(

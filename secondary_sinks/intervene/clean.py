@@ -3,11 +3,14 @@
 One pass keeps, of every layer, the primary sink's residual, the common component, the median norm,
 and which key each query may see. An edited token's residual is then judged exactly as detection
 judged the clean one's, with the same direction, the same component and the same baselines.
+
+It also keeps the whole residual stream before a few layers, those where passes with rows may begin:
+a row is its clean token up to its first edit, and need not be computed before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +27,33 @@ from secondary_sinks.observe.trace import Trace, trace
 
 
 @dataclass(frozen=True)
+class TokenGeometry:
+    """How residuals lie to the primary's; "centered" is without the common component."""
+
+    alignment: Float[Tensor, "*layer token"]
+    """Cosine with the primary's residual."""
+    centered_alignment: Float[Tensor, "*layer token"]
+    norm: Float[Tensor, "*layer token"]
+    centered_norm: Float[Tensor, "*layer token"]
+
+    @classmethod
+    def of(
+        cls,
+        residual: Float[Tensor, "*batch token d_model"],
+        primary: Float[Tensor, "d_model"],
+        common: Float[Tensor, "d_model"],
+    ) -> TokenGeometry:
+        """Measure the residuals of one layer."""
+        centered = residual - common
+        return cls(
+            alignment=torch.cosine_similarity(residual, primary, dim=-1),
+            centered_alignment=torch.cosine_similarity(centered, primary - common, dim=-1),
+            norm=residual.norm(dim=-1),
+            centered_norm=centered.norm(dim=-1),
+        )
+
+
+@dataclass(frozen=True)
 class CleanRun:
     """One text as the model runs it without interventions."""
 
@@ -34,6 +64,8 @@ class CleanRun:
     """The primary sink's residual."""
     common: Float[Tensor, "layer d_model"]
     """The common component."""
+    geometry: TokenGeometry
+    """Every token's residual, as rows are measured."""
     median_centered_norm: Float[Tensor, "layer"]
     ordinary: Bool[Tensor, "token"]
     """Tokens that are no sinks."""
@@ -42,6 +74,8 @@ class CleanRun:
     """Which keys a query sees, once for each kind of layer (full, sliding window)."""
     kind_of_layer: tuple[int, ...]
     """Index into `visible` of every layer."""
+    residual_before: dict[int, Float[Tensor, "token d_model"]]
+    """The residual stream before the layers where a pass may begin, on the model's device."""
 
     @property
     def shows_scores(self) -> bool:
@@ -53,16 +87,31 @@ class CleanRun:
         return all(bool((~kind[0, 1:]).all()) for kind in self.visible)
 
     @classmethod
-    def of(cls, model: Any, sinks: SinkMap, *, fwd_hooks: Sequence[UserHook] = ()) -> CleanRun:
-        """Run the tokens of a sink map once more and keep what rows need."""
+    def of(
+        cls,
+        model: Any,
+        sinks: SinkMap,
+        *,
+        fwd_hooks: Sequence[UserHook] = (),
+        begin_at: Iterable[int] = (),
+    ) -> CleanRun:
+        """Run the tokens of a sink map once more and keep what rows need.
+
+        Args:
+            model: any TransformerLens model.
+            sinks: the sink map of the text.
+            fwd_hooks: hooks of the user's own.
+            begin_at: layers before which the residual stream is kept.
+        """
         tokens = sinks.tokens
         collectors: list[Collector] = [
             _Anchors(sinks.primary_position),
             _Visible(),
+            _Residuals(begin_at),
             SinkScores(min_queries=1, name="score"),
         ]
         found = cast(Trace, trace(model, cast(Tensor, tokens), collectors, fwd_hooks=fwd_hooks))
-        primary, common, median = found["_Anchors"]
+        primary, common, median, *geometry = found["_Anchors"]
         visible, kind_of_layer = found["_Visible"]
         ordinary = torch.ones(len(found.tokens), dtype=torch.bool)
         ordinary[[sink.position for sink in sinks.sinks] or [sinks.primary_position]] = False
@@ -79,11 +128,13 @@ class CleanRun:
             score=found["score"],
             primary=primary,
             common=common,
+            geometry=TokenGeometry(*geometry),
             median_centered_norm=median,
             ordinary=ordinary,
             baseline=baseline,
             visible=visible,
             kind_of_layer=kind_of_layer,
+            residual_before=found["_Residuals"],
         )
 
     def judge(
@@ -115,8 +166,28 @@ class CleanRun:
         return is_sink
 
 
+class _Residuals(Collector):
+    """The residual stream before some layers."""
+
+    sites = ("resid_pre",)
+
+    def __init__(self, layers: Iterable[int]):
+        self._layers = frozenset(layers)
+
+    def start(self, run: Run) -> None:
+        self._found: dict[int, Tensor] = {}
+
+    def update(self, site: str, layer: int | None, activation: Tensor) -> None:
+        if layer is not None and layer in self._layers:
+            self._found[layer] = activation.clone()
+
+    def result(self) -> dict[int, Tensor]:
+        return self._found
+
+
 class _Anchors(Collector):
-    """Primary residual and common component of each layer, [layer, d_model] each."""
+    """Primary residual and common component of each layer, [layer, d_model] each, the median
+    centered norm, and the parts of a `TokenGeometry`."""
 
     sites = ("resid_post",)
 
@@ -124,14 +195,17 @@ class _Anchors(Collector):
         self.position = position
 
     def start(self, run: Run) -> None:
-        self._found: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._found: list[tuple[Tensor, ...]] = []
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
         residual = activation.float()
         ordinary = ordinary_tokens(residual)
         common = residual[ordinary].mean(dim=0)
-        median = (residual - common).norm(dim=-1)[ordinary].median()
-        self._found.append((residual[self.position].cpu(), common.cpu(), median.cpu()))
+        primary = residual[self.position]
+        geometry = TokenGeometry.of(residual, primary, common)
+        median = geometry.centered_norm[ordinary].median()
+        kept = (primary, common, median, *vars(geometry).values())
+        self._found.append(tuple(value.cpu() for value in kept))
 
     def result(self) -> tuple[Tensor, ...]:
         return tuple(torch.stack(parts) for parts in zip(*self._found, strict=True))

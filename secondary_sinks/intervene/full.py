@@ -57,7 +57,7 @@ def run_full(
         totals: compute the total effects as well, which needs the logits.
     """
     parts = [_one_row(model, clean, row, fwd_hooks, totals) for row in rows]
-    states = RowStates(*(torch.cat(column) for column in zip(*(p[0] for p in parts), strict=True)))
+    states = RowStates.joined([state for state, _ in parts])
     if not totals:
         return states, None
     effects = [effect for _, effect in parts]
@@ -72,7 +72,7 @@ def run_full(
 
 def _one_row(
     model: Any, clean: CleanRun, row: Row, fwd_hooks: Sequence[UserHook], totals: bool
-) -> tuple[tuple[Tensor, ...], Any]:
+) -> tuple[RowStates, Any]:
     n_layers, n_tokens = clean.primary.shape[0], len(clean.tokens)
     position = row[0].position
     place: Place = (1, position)
@@ -112,7 +112,7 @@ def _one_row(
         logits=totals,
     )
     direct = _frozen_scores(model, clean, position, seen, fwd_hooks)
-    state = (meter.alignment, meter.centered_alignment, meter.norm, meter.centered_norm, direct)
+    state = meter.states(torch.tensor([position]), direct)
     return state, (score, *_on_output(logits, clean)) if logits is not None else None
 
 

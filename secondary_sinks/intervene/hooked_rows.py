@@ -17,8 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-
-_MISSING = object()
+from secondary_sinks.models.exchange import exchanged
 
 
 @contextmanager
@@ -45,45 +44,22 @@ def standing_at(model: Any, positions: Int[Tensor, "packed"]) -> Iterator[None]:
             def embed(tokens: Tensor, *_: Any, **__: Any) -> Float[Tensor, "batch packed d_model"]:
                 return embedded.expand(len(tokens), -1, -1)
 
-            stack.enter_context(_exchanged(model.pos_embed, "forward", embed))
+            stack.enter_context(exchanged(model.pos_embed, "forward", embed))
         for block in model.blocks:
             attention = block.attn
-            stack.enter_context(_exchanged(attention, "apply_causal_mask", _unmasked))
+            stack.enter_context(exchanged(attention, "apply_causal_mask", _unmasked))
             for name in ("rotary_cos", "rotary_sin"):
                 table = getattr(attention, name, None)
                 if table is not None:
                     gathered = table[positions.to(table.device)]
-                    stack.enter_context(_exchanged(attention, name, gathered))
+                    stack.enter_context(exchanged(attention, name, gathered))
             bias = getattr(attention, "alibi", None)
             if bias is not None:
                 index = positions.to(bias.device)
                 gathered = bias[:, index][:, :, index]
-                stack.enter_context(_exchanged(attention, "alibi", gathered))
+                stack.enter_context(exchanged(attention, "alibi", gathered))
         yield
 
 
 def _unmasked(scores: Tensor, *_: Any, **__: Any) -> Tensor:
     return scores
-
-
-@contextmanager
-def _exchanged(module: Any, name: str, value: Any) -> Iterator[None]:
-    """`module.name` is `value` within the context, and as it was afterwards."""
-    if name in module._buffers:
-        before = module._buffers[name]
-        module._buffers[name] = value
-        try:
-            yield
-        finally:
-            module._buffers[name] = before
-        return
-    attributes = vars(module)  # of the instance alone: methods are uncovered again, not copied
-    before = attributes.get(name, _MISSING)
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            del attributes[name]
-        else:
-            attributes[name] = before

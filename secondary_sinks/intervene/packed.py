@@ -23,7 +23,7 @@ against the oracle before it trusts this engine.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.hooked_rows import standing_at
 from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks
+from secondary_sinks.models.blocks import skipping
 from secondary_sinks.models.host import Editor, Site, UserHook, describe, forward
 
 
@@ -47,7 +48,8 @@ def run_packed(
 ) -> RowStates:
     """Run all rows in one forward pass; see the module's description.
 
-    The rows must fit into memory with the text: attention is of (T + rows) squared.
+    The rows must fit into memory with the text: attention is of (T + rows) squared. The pass begins
+    at the last layer before which the clean run kept the residual stream and no row is edited.
 
     Raises:
         ModelError: the model's hook of the scores does not show scores.
@@ -59,32 +61,37 @@ def run_packed(
     tokens = torch.cat([clean.tokens, clean.tokens[positions]])[None]
     stands_at = torch.cat([torch.arange(n_tokens), positions])
     places: list[Place] = [(0, n_tokens + row) for row in range(n_rows)]
-    meter = RowMeter(clean, places)
-    keys = _KeyMeter(clean, positions)
+    begin = max(
+        (layer for layer in clean.residual_before if all(row[0].layer >= layer for row in rows)),
+        default=0,
+    )
+    meter = RowMeter(clean, places, begin=begin)
+    keys = _KeyMeter(clean, positions, begin)
     visible = [_with_rows(kind, positions) for kind in clean.visible]
     attention = [
         editor
-        for layer, kind in enumerate(clean.kind_of_layer)
+        for layer, kind in list(enumerate(clean.kind_of_layer))[begin:]
         for editor in (
             (Site("attn_scores", layer), keys.scores_editor(layer, visible[kind])),
             (Site("pattern", layer), keys.pattern_reader(layer)),
         )
     ]
-    with _unmasked_at(model, stands_at) as arguments:
+    with ExitStack() as stack:
+        start: list[tuple[Site, Editor]] = []
+        if begin:
+            kept = clean.residual_before[begin]
+            residual = torch.cat([kept, kept[positions.to(kept.device)]])[None]
+            stack.enter_context(skipping(model, begin))
+            start.append((Site("resid_pre", begin), lambda _: residual))
+        arguments = stack.enter_context(_unmasked_at(model, stands_at))
         forward(
             model,
             tokens,
-            [*edit_hooks(rows, places, clean), *meter.editors(), *attention],
+            [*start, *edit_hooks(rows, places, clean), *meter.editors(), *attention],
             fwd_hooks=fwd_hooks,
             **arguments,
         )
-    return RowStates(
-        meter.alignment,
-        meter.centered_alignment,
-        meter.norm,
-        meter.centered_norm,
-        keys.direct_score,
-    )
+    return meter.states(positions, keys.direct_score)
 
 
 @contextmanager
@@ -115,12 +122,14 @@ def _with_rows(
 class _KeyMeter:
     """Masks the scores of each layer and scores the rows' keys with the clean queries."""
 
-    def __init__(self, clean: CleanRun, positions: Tensor):
+    def __init__(self, clean: CleanRun, positions: Tensor, begin: int):
         n_layers, n_heads, n_tokens = clean.score.shape
         self._n_tokens = n_tokens
         self._positions = positions
         self._n_later = (n_tokens - 1 - positions).float()
         self.direct_score = torch.full((len(positions), n_layers, n_heads), torch.nan)
+        # A row is its clean token before the layer at which the pass begins.
+        self.direct_score[:, :begin] = clean.score[:begin, :, positions].permute(2, 0, 1)
 
     def scores_editor(self, layer: int, visible: Tensor) -> Editor:
         n = self._n_tokens

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.intervene.clean import CleanRun, TokenGeometry
 from secondary_sinks.intervene.interventions import Intervention, Row, apply_edit
 from secondary_sinks.models.host import Editor, Site
 
@@ -33,38 +33,57 @@ class RowStates:
     direct_score: Float[Tensor, "row layer head"]
     """Mean attention of the clean later queries to the row's key; NaN for the last token."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[RowStates]) -> RowStates:
+        """The rows of all parts, in order."""
+        names = vars(parts[0])
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def take(self, index: Int[Tensor, "row"]) -> RowStates:
+        """The rows at `index`."""
+        return RowStates(**{name: value[index] for name, value in vars(self).items()})
+
 
 class RowMeter:
-    """Measures each row's residual against the clean run, layer by layer."""
+    """Measures each row's residual against the clean run, layer by layer.
 
-    def __init__(self, clean: CleanRun, places: Sequence[Place]):
-        n_layers = clean.primary.shape[0]
-        shape = (len(places), n_layers)
+    Args:
+        clean: the clean run of the text.
+        places: where each row stands.
+        begin: the first layer of the pass; before it every row is its clean token.
+    """
+
+    def __init__(self, clean: CleanRun, places: Sequence[Place], *, begin: int = 0):
         self._clean = clean
         self._batch = torch.tensor([batch for batch, _ in places])
         self._index = torch.tensor([index for _, index in places])
-        self.alignment = torch.zeros(shape)
-        self.centered_alignment = torch.zeros(shape)
-        self.norm = torch.zeros(shape)
-        self.centered_norm = torch.zeros(shape)
+        self._begin = begin
+        self._layers: list[TokenGeometry] = []
 
     def editors(self) -> list[tuple[Site, Editor]]:
-        """The functions that read the residual after every block."""
-        return [
-            (Site("resid_post", layer), self._reader(layer)) for layer in range(self.norm.shape[1])
-        ]
+        """The functions that read the residual after every block of the pass."""
+        layers = range(self._begin, self._clean.primary.shape[0])
+        return [(Site("resid_post", layer), self._reader(layer)) for layer in layers]
+
+    def states(
+        self, positions: Int[Tensor, "row"], direct_score: Float[Tensor, "row layer head"]
+    ) -> RowStates:
+        """What was measured, with the scores that came from elsewhere; rows are of the tokens at
+        `positions`."""
+        clean = vars(self._clean.geometry)
+        measured = {
+            name: torch.stack([getattr(layer, name) for layer in self._layers], dim=1)
+            for name in clean
+        }
+        before = {name: value[: self._begin, positions].T for name, value in clean.items()}
+        whole = {name: torch.cat([before[name], measured[name]], dim=1) for name in clean}
+        return RowStates(**whole, direct_score=direct_score)
 
     def _reader(self, layer: int) -> Editor:
         def read(activation: Tensor) -> None:
             residual = activation[self._batch, self._index].float().cpu()
             primary, common = self._clean.primary[layer], self._clean.common[layer]
-            centered = residual - common
-            self.norm[:, layer] = residual.norm(dim=-1)
-            self.centered_norm[:, layer] = centered.norm(dim=-1)
-            self.alignment[:, layer] = torch.cosine_similarity(residual, primary, dim=-1)
-            self.centered_alignment[:, layer] = torch.cosine_similarity(
-                centered, primary - common, dim=-1
-            )
+            self._layers.append(TokenGeometry.of(residual, primary, common))
 
         return read
 

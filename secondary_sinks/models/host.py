@@ -236,6 +236,21 @@ def has_site(model: Any, site: Site) -> bool:
     return template is not None and template.format(layer=site.layer) in model.hook_dict
 
 
+def has_hooks(model: Any) -> bool:
+    """Whether somebody has put functions on the model's hook points.
+
+    The host's own do not count: some bridges connect hook points with permanent hooks.
+    """
+
+    def is_own(handle: Any) -> bool:
+        function = getattr(handle, "user_hook", None)
+        own: bool = getattr(function, "__module__", "").startswith("transformer_lens")
+        return handle.is_permanent and (function is None or own)
+
+    handles = (handle for point in model.hook_dict.values() for handle in point.fwd_hooks)
+    return not all(map(is_own, handles))
+
+
 def layer_sites(names: Iterable[str], n_layers: int) -> list[Site]:
     """Every site of the given names: one a layer, or the single final norm."""
     sites: list[Site] = []
@@ -371,6 +386,7 @@ __all__ = [
     "Observer",
     "Site",
     "describe",
+    "has_hooks",
     "has_site",
     "layer_sites",
     "observe",

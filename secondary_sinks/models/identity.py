@@ -64,7 +64,7 @@ def check_residual_identity(model: Any, *, n_tokens: int = 8) -> float:
         for layer in range(info.n_layers)
         for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")
     }
-    with _lens_hooks_aside(model):
+    with hooks_aside(model):
         observe(model, tokens, torch.ones_like(tokens), observers)
     worst = float(errors.nan_to_num(nan=float("inf")).max())
     if torch.isfinite(errors).all() and worst > max(1e-4, 8 * rounding):
@@ -78,7 +78,7 @@ def check_residual_identity(model: Any, *, n_tokens: int = 8) -> float:
 
 
 @contextmanager
-def _lens_hooks_aside(model: Any) -> Iterator[None]:
+def hooks_aside(model: Any) -> Iterator[None]:
     """Within the block the host's hook points have none of the user's functions.
 
     They may be meant for one text alone, and a text of a few arbitrary tokens is not that one.

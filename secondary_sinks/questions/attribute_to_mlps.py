@@ -18,10 +18,11 @@ from secondary_sinks.explain.attribution import (
 from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.explain.writers import MAX_LEFT, Control, compare, judge
 from secondary_sinks.intervene.interventions import Intervention
+from secondary_sinks.intervene.self_test import Method
 from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
 from secondary_sinks.questions.attribution_rows import ControlPlan, Sweep, Target
-from secondary_sinks.questions.counterfactuals import CounterfactualRows, Method, counterfactuals
+from secondary_sinks.questions.counterfactuals import CounterfactualRows, counterfactuals
 from secondary_sinks.questions.direct_writes import direct_writes
 from secondary_sinks.questions.given import sink_map_of
 

@@ -15,13 +15,14 @@ from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.explain.statistics import spearman
 from secondary_sinks.intervene.edits import Scale, Zero
 from secondary_sinks.intervene.interventions import Intervention
+from secondary_sinks.intervene.self_test import Method
 from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
 from secondary_sinks.observe.collectors import Norms
 from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.questions.attribute_to_mlps import has_sink
 from secondary_sinks.questions.attribution_rows import Target
-from secondary_sinks.questions.counterfactuals import CounterfactualRows, Method, counterfactuals
+from secondary_sinks.questions.counterfactuals import CounterfactualRows, counterfactuals
 from secondary_sinks.questions.given import sink_map_of
 
 if TYPE_CHECKING:

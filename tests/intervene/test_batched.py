@@ -11,7 +11,7 @@ import transformers
 
 import secondary_sinks as ss
 from secondary_sinks.intervene import batched as engine
-from secondary_sinks.questions import counterfactuals as module
+from secondary_sinks.intervene import chunks as module
 
 N = 24
 I = ss.Intervention  # noqa: E741
@@ -123,7 +123,7 @@ def test_results_do_not_depend_on_the_chunks(tiny, tokens_of):
     small = ss.counterfactuals(
         model, tokens, rows, method="batched", memory_budget=60_000, progress=False
     )
-    assert module._rows_kept(model, N, 60_000) < 10
+    assert module.chunk_size("batched", model, N, 60_000) < 10
     assert_close(small, at_once, tolerance=1e-5)
     assert_close(at_once, ss.counterfactuals(model, tokens, rows, method="packed"))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import secondary_sinks as ss
+from secondary_sinks.intervene import chunks as module
 from secondary_sinks.intervene.interventions import rows_of
 from secondary_sinks.models.planted import planted_model
-from secondary_sinks.questions import counterfactuals as module
 
 N = 24
 I = ss.Intervention  # noqa: E741
@@ -114,8 +114,73 @@ def test_results_do_not_depend_on_the_chunks(tiny, tokens_of):
     rows = [I("mlp_out", layer, p, ss.Zero()) for layer in range(3) for p in range(N)]
     at_once = ss.counterfactuals(model, tokens, rows)
     small = ss.counterfactuals(model, tokens, rows, memory_budget=70_000, progress=False)
-    assert module.rows_per_pass(N, 4, 70_000) < 8
+    assert module.chunk_size("packed", model, N, 70_000) < 8
     assert_close(small, at_once, tolerance=1e-5)
+
+
+def test_a_pass_begins_at_the_first_edit(tiny, family, tokens_of):
+    """Blocks before it do not run, and what comes out is the same."""
+    model, tokens = tiny(family), tokens_of(N)
+    rows = [
+        I("mlp_out", layer, p, edit) for p in (4, 19) for layer in (1, 2) for edit in (ss.Zero(),)
+    ]
+    ss.counterfactuals(model, tokens, rows)  # the self-test, once a model
+    ran = dict.fromkeys(range(3), 0)
+
+    def count(layer):
+        def look(module, inputs, output):
+            ran[layer] += inputs[0].shape[1] > N if inputs else 0
+
+        return look
+
+    modules = [model.blocks[layer].mlp for layer in range(3)]
+    handles = [m.register_forward_hook(count(layer)) for layer, m in enumerate(modules)]
+    try:
+        late = ss.counterfactuals(model, tokens, rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran == {0: 0, 1: 1, 2: 1}
+    whole = ss.counterfactuals(model, tokens, [I("attn_out", 0, 3, ss.Zero()), *rows])
+    for name in ("alignment", "centered_alignment", "norm", "centered_norm", "direct_score"):
+        expected = getattr(whole, name)[1:]
+        torch.testing.assert_close(getattr(late, name), expected, rtol=1e-4, atol=1e-5)
+    assert_close(late, ss.counterfactuals(model, tokens, rows, method="full", progress=False))
+
+
+@pytest.mark.parametrize("where", ["fwd_hooks", "on the model"])
+def test_a_hook_that_looks_at_positions_is_not_run_in_rows(make_tiny, tokens_of, where):
+    """It edits the text's token 5 and not the row of token 5, so packed rows would be wrong."""
+    model, tokens = make_tiny("llama"), tokens_of(N)
+
+    def at_five(value, hook):
+        value = value.clone()
+        value[:, 5] = 0
+        return value
+
+    hooks = [("blocks.0.hook_mlp_out", at_five)]
+    if where == "on the model":
+        model.add_hook(*hooks[0])
+        hooks = []
+    row = [I("mlp_out", 1, 5, ss.Zero())]
+    result = ss.counterfactuals(model, tokens, row, fwd_hooks=hooks, progress=False)
+    assert result.engine == "full"
+    full = ss.counterfactuals(model, tokens, row, fwd_hooks=hooks, method="full", progress=False)
+    assert_close(result, full, tolerance=1e-6)
+    with pytest.raises(ss.ModelError, match="a hook on it"):
+        ss.counterfactuals(model, tokens, row, fwd_hooks=hooks, method="packed")
+    other = ss.counterfactuals(model, tokens, [I("mlp_out", 1, 9, ss.Zero())], fwd_hooks=hooks)
+    assert other.engine == "packed"
+
+
+def test_a_hook_that_treats_all_tokens_alike_is_run_in_rows(make_tiny, tokens_of):
+    model, tokens = make_tiny("llama"), tokens_of(N)
+    hooks = [("blocks.0.hook_mlp_out", lambda value, hook: value * 0.5)]
+    rows = [I("mlp_out", 1, 5, ss.Zero()), I("mlp_out", 2, 7, ss.Zero())]
+    packed = ss.counterfactuals(model, tokens, rows, fwd_hooks=hooks)
+    assert packed.engine == "packed"
+    full = ss.counterfactuals(model, tokens, rows, fwd_hooks=hooks, method="full", progress=False)
+    assert_close(packed, full)
 
 
 def test_running_out_of_memory_halves_the_chunk(tiny, tokens_of, monkeypatch):

@@ -1,0 +1,131 @@
+"""Any number of counterfactual rows, in as few passes as memory allows.
+
+Rows are sorted by the layer of their first edit before they are cut into chunks. A row is its clean
+token up to there, so the pass of each chunk can begin at the first layer in which one of its rows
+is edited: with several chunks, about half of the layers need not run at all. The order of the
+results, and the results, do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from secondary_sinks.errors import ModelError
+from secondary_sinks.intervene.batched import run_batched
+from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.intervene.interventions import Row
+from secondary_sinks.intervene.packed import run_packed
+from secondary_sinks.intervene.rows import RowStates
+from secondary_sinks.models.host import UserHook, describe
+
+FastEngine = Literal["packed", "batched"]
+
+MEMORY_BUDGET = 1 << 30
+"""Bytes that the attention of one packed pass may take, by default."""
+
+MAX_BEGINNINGS = 8
+"""At most so many residual streams of the text are kept for passes to begin with."""
+
+
+def run_chunk(
+    engine: FastEngine,
+    model: Any,
+    clean: CleanRun,
+    rows: Sequence[Row],
+    *,
+    memory_budget: int = MEMORY_BUDGET,
+    fwd_hooks: Sequence[UserHook] = (),
+) -> RowStates:
+    """Rows that fit into memory together, by one engine."""
+    if engine == "packed":
+        return run_packed(model, clean, rows, fwd_hooks=fwd_hooks)
+    return run_batched(model, clean, rows, memory_budget=memory_budget)
+
+
+def run_rows(
+    engine: FastEngine,
+    model: Any,
+    clean: CleanRun,
+    rows: Sequence[Row],
+    *,
+    memory_budget: int = MEMORY_BUDGET,
+    fwd_hooks: Sequence[UserHook] = (),
+    progress: bool | None = None,
+) -> RowStates:
+    """Any number of rows, in order.
+
+    Args:
+        engine: which engine runs them.
+        model: any TransformerLens model that the engine can run.
+        clean: the clean run of the text; passes begin where it kept the residual stream
+            (`beginnings`).
+        rows: what to edit.
+        memory_budget: bytes for attention, or for kept keys and values; decides the chunks.
+        fwd_hooks: hooks of the user's own.
+        progress: show a progress bar; None shows one for more than one chunk.
+
+    Raises:
+        ModelError: not even one row fits into memory.
+    """
+    order = _by_first_edit(rows)
+    size = chunk_size(engine, model, len(clean.tokens), memory_budget)
+    show = len(rows) > size if progress is None else progress
+    done: list[RowStates] = []
+    first = 0
+    with tqdm(total=len(rows), desc="counterfactual rows", disable=not show) as bar:
+        while first < len(rows):
+            chunk = [rows[index] for index in order[first : first + size]]
+            try:
+                states = run_chunk(
+                    engine,
+                    model,
+                    clean,
+                    chunk,
+                    memory_budget=memory_budget,
+                    fwd_hooks=fwd_hooks,
+                )
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                if size == 1:
+                    raise ModelError(
+                        f"not even one row fits into memory behind {len(clean.tokens)} tokens; "
+                        "shorten the text"
+                    ) from error
+                size = max(1, len(chunk) // 2)
+                continue
+            done.append(states)
+            first += len(chunk)
+            bar.update(len(chunk))
+    return RowStates.joined(done).take(torch.tensor(order).argsort())
+
+
+def beginnings(model: Any, rows: Sequence[Row], n_tokens: int, memory_budget: int) -> set[int]:
+    """Layers at which the packed passes of these rows can begin; the clean run is to keep the
+    residual stream before them."""
+    order = _by_first_edit(rows)
+    size = chunk_size("packed", model, n_tokens, memory_budget)
+    first_edits = sorted({rows[index][0].layer for index in order[::size]} - {0})
+    return set(first_edits[:: -(-len(first_edits) // MAX_BEGINNINGS) or 1])
+
+
+def chunk_size(engine: FastEngine, model: Any, n_tokens: int, memory_budget: int) -> int:
+    """How many rows share a pass.
+
+    Packed rows: what fits into the budget, but at most twice as many as tokens. More would spend
+    the time on rows' attention to other rows, which is masked, and begin their pass too early.
+    Batched rows: as many copies of all keys and values as fit into the budget.
+    """
+    cfg, n_heads = model.cfg, describe(model).n_heads
+    if engine == "packed":
+        # The eager attention holds about five float32 copies of its scores at once.
+        length = int((memory_budget / (20 * n_heads)) ** 0.5)
+        return max(1, min(length - n_tokens, 2 * max(n_tokens, 128)))
+    heads = int(getattr(cfg, "n_key_value_heads", None) or n_heads)
+    return max(1, memory_budget // (8 * int(cfg.n_layers) * heads * int(cfg.d_head) * n_tokens))
+
+
+def _by_first_edit(rows: Sequence[Row]) -> list[int]:
+    return sorted(range(len(rows)), key=lambda index: rows[index][0].layer)
