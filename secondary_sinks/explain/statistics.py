@@ -185,3 +185,43 @@ def _resampled_interval(
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise InputError(f"confidence is {confidence}; it lies between 0 and 1")
+
+
+def grouped_interval(
+    groups: Sequence[int],
+    statistic: Callable[[Any], float],
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval that resamples whole groups, such as texts.
+
+    Points of one text share their queries, their length and their topic. To draw them one by one
+    would call each of them an independent witness, and give intervals that are far too narrow.
+    (NaN, NaN) with fewer than two groups: one text says nothing about how texts differ.
+
+    Args:
+        groups: to which group each point belongs.
+        statistic: of the points with the given indices (an integer array, with repetitions).
+        confidence: of the interval.
+        n_resamples: how many.
+        seed: of the resampling.
+
+    Raises:
+        InputError: a confidence outside (0, 1).
+    """
+    _check_confidence(confidence)
+    labels = np.asarray(groups)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if len(members) < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(n_resamples):
+        drawn = rng.integers(0, len(members), len(members))
+        draws.append(statistic(np.concatenate([members[index] for index in drawn])))
+    if np.isnan(draws).all():
+        return math.nan, math.nan
+    low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

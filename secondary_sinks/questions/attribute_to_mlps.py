@@ -15,6 +15,7 @@ from secondary_sinks.explain.attribution import (
     SinkAttribution,
     Transplant,
 )
+from secondary_sinks.explain.means import MeanActivations
 from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.explain.writers import MAX_LEFT, Control, compare, judge
 from secondary_sinks.intervene.interventions import Intervention
@@ -34,6 +35,7 @@ def attribute_to_mlps(
     *,
     which: Literal["secondary"] | Sequence[Sink] = "secondary",
     attention: bool = True,
+    reference: MeanActivations | None = None,
     n_controls: int = 8,
     seed: int = 0,
     method: Method = "auto",
@@ -68,6 +70,8 @@ def attribute_to_mlps(
         sinks: the text's sink map, if it is there already.
         which: "secondary" for all secondary sinks, or some sinks of the map.
         attention: sweep the attention blocks as well.
+        reference: means of a reference corpus at `mlp_out` (and at `attn_out` with `attention`) for
+            the mean ablations; None takes the mean over the ordinary tokens of the same text.
         n_controls: how many matched tokens are transplanted into, and how many controls of each
             kind there are at most; a short text has fewer.
         seed: of every random choice; recorded with the result.
@@ -105,7 +109,7 @@ def attribute_to_mlps(
             fwd_hooks=fwd_hooks,
         )
 
-    sweep = Sweep(targets, n_layers, attention=attention)
+    sweep = Sweep(targets, n_layers, attention=attention, reference=reference)
     rows = run(sweep.interventions)
     writes = direct_writes(model, found, [target.sink for target in targets], fwd_hooks=fwd_hooks)
     candidates = [

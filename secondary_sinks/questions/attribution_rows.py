@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.attribution import Ablation, Transplant
+from secondary_sinks.explain.means import MeanActivations
 from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.explain.writers import Control, ControlKind
 from secondary_sinks.intervene.edits import Edit, Mean, Resample, Zero
@@ -183,17 +184,30 @@ def _life_mean(values: Float[Tensor, "layer token"] | None, life: list[int], tok
 class Sweep:
     """Every layer's ablations and transplants, for all sinks."""
 
-    def __init__(self, targets: Sequence[Target], n_layers: int, *, attention: bool):
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        n_layers: int,
+        *,
+        attention: bool,
+        reference: MeanActivations | None = None,
+    ):
         self.interventions: list[Intervention] = []
         self._targets = targets
         self._ablated: dict[str, Int[Tensor, "sink layer"]] = {}
         for name, (site, edit) in _ABLATIONS.items():
             if site == "attn_out" and not attention:
                 continue
+            of_corpus = reference if isinstance(edit, Mean) else None
             self._ablated[name] = self._add(
                 (len(targets), n_layers),
                 [
-                    Intervention(site, layer, target.sink.position, edit)
+                    Intervention(
+                        site,
+                        layer,
+                        target.sink.position,
+                        of_corpus.edit(site, layer) if of_corpus else edit,
+                    )
                     for target in targets
                     for layer in range(n_layers)
                 ],
