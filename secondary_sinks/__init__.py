@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from secondary_sinks.observe.trace import Trace as Trace
     from secondary_sinks.observe.trace import trace as trace
     from secondary_sinks.questions.detect_sinks import detect_sinks as detect_sinks
+    from secondary_sinks.texts import BundledText as BundledText
+    from secondary_sinks.texts import bundled_texts as bundled_texts
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,8 @@ _HOME = {
     "LoadError": "errors",
     "ModelError": "errors",
     "SecondarySinksError": "errors",
+    "bundled_texts": "texts",
+    "BundledText": "texts",
     "load_model": "models.load",
     "list_models": "models.load",
     "counterfactuals": "questions.counterfactuals",

@@ -1,6 +1,7 @@
 """The command line: `secondary-sinks detect`, `levels`, `models`, `fetch`, `demo`.
 
-The commands that intervene (`attribute`, `dose`, `patch`, `remove`) are in `cli_causal`.
+The commands that intervene (`attribute`, `dose`, `patch`, `remove`) are in `cli_causal`, `texts` is
+in `cli_texts`.
 
     secondary-sinks demo
     secondary-sinks detect smollm2-135m --text "Once upon a time ..." --out out/tale
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secondary_sinks import __version__, cli_causal
+from secondary_sinks import __version__, cli_causal, cli_texts
 from secondary_sinks.cli_inputs import Source, as_model_input, read_sources
 from secondary_sinks.cli_outputs import (
     json_record,
@@ -343,6 +344,7 @@ def _print_summary(maps: Sequence[SinkMap], names: Sequence[str]) -> None:
 
 
 cli_causal.add_to(app)
+cli_texts.add_to(app)
 
 
 def main() -> None:

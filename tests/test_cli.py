@@ -88,7 +88,7 @@ def test_help_and_aliases_import_no_torch():
         "import sys\n"
         "from secondary_sinks.cli import app\n"
         "from typer.testing import CliRunner\n"
-        "for command in ('--help', '--version', 'models'):\n"
+        "for command in ('--help', '--version', 'models', 'texts'):\n"
         "    assert CliRunner().invoke(app, [command]).exit_code == 0\n"
         "heavy = {'torch', 'transformer_lens', 'pandas', 'numpy', 'matplotlib'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)"
@@ -100,7 +100,7 @@ def test_help_and_aliases_import_no_torch():
 def test_version_and_commands():
     assert run("--version").stdout == f"secondary-sinks {ss.__version__}\n"
     shown = run("--help").stdout
-    assert all(name in shown for name in ("detect", "levels", "models", "fetch", "demo"))
+    assert all(name in shown for name in ("detect", "levels", "models", "fetch", "demo", "texts"))
 
 
 def test_models_lists_every_alias():
