@@ -45,10 +45,8 @@ lint: $(DEV) ## ruff and mypy
 docs: $(DOCS) ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
 
-benchmarks: $(CORE) ## run every script in benchmarks/
-	@set -e; for script in benchmarks/*.py; do \
-		echo "$$script"; $(BIN)/python "$$script"; \
-	done
+benchmarks: $(CORE) ## measure all claims of speed and memory, and write docs/performance.md
+	$(BIN)/python benchmarks/performance.py
 
 clean: ## remove what was built, and the environments
 	rm -rf $(VENV) $(VENV_TL3) out docs/_build .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,15 +1,14 @@
 """Time of packed counterfactual rows, against one intervention at a time and one plain pass.
 
-Claims: (a) rows for every layer at seven tokens (24 x 7 in Qwen2.5-0.5B) take less than twice the
-time of one plain forward pass over as many tokens as text and rows have together, and are at least
-100 times faster than `run_with_hooks`, one intervention at a time; (b) how the time grows with the
-number of rows and with the length of the text.
+Claim: rows for every layer at seven tokens (24 x 7 in Qwen2.5-0.5B) take less than twice the time of
+one plain forward pass over as many tokens as text and rows have together, and are at least 100
+times faster than `run_with_hooks`, one intervention at a time.
 
 All sides run in one process, in turn, in every repetition; ratios are taken within a repetition and
 their median is printed. One intervention at a time is measured on a few interventions and scaled
 to all of them. Its passes read one number only, so they are the least that asking this way costs.
-The clean run and the self-test of the rows, made once a text and once a model, are not in (a)'s
-rows; the last line has a whole call with them.
+The clean run and the self-test of the rows, made once a text and once a model, are not in the rows'
+time; the last line has a whole call with the clean run.
 
     python benchmarks/causal_rows.py [--model qwen2.5-coder-0.5b] [--tokens 400] [--quick]
 """
@@ -106,7 +105,7 @@ class Text:
 
 
 def against_others(text: Text, repeats: int) -> None:
-    """Claim (a)."""
+    """Time all sides in turn and print their table."""
     model, n_tokens = text.model, len(text.tokens)
     count = N_SINKS * model.cfg.n_layers
     sides = (
@@ -133,7 +132,7 @@ def against_others(text: Text, repeats: int) -> None:
         )
         for side, value in zip(sides, times, strict=True):
             runs[side].append(value)
-    print(f"\n(a) {count} rows on {n_tokens} tokens, median of {repeats} interleaved runs")
+    print(f"\n{count} rows on {n_tokens} tokens, median of {repeats} interleaved runs")
     print(f"{'':<36}{'seconds':>10}{'over packed':>14}")
     for side in sides:
         pairs = zip(runs[side], runs["packed rows"], strict=True)
@@ -141,34 +140,17 @@ def against_others(text: Text, repeats: int) -> None:
         print(f"{side:<36}{statistics.median(runs[side]):>10.2f}{ratio:>14.2f}")
 
 
-def growth(model: Any, lengths: list[int], counts: list[int], repeats: int) -> None:
-    """Claim (b)."""
-    print(f"\n(b) seconds of packed rows in one pass, median of {repeats} interleaved runs")
-    print(f"{'tokens':<10}" + "".join(f"{count:>10} rows" for count in counts))
-    texts = [Text(model, length) for length in lengths]
-    runs: dict[tuple[int, int], list[float]] = {}
-    for _ in range(repeats):
-        for index, text in enumerate(texts):
-            for count in counts:
-                runs.setdefault((index, count), []).append(text.packed(count))
-    for index, length in enumerate(lengths):
-        cells = (f"{statistics.median(runs[index, count]):>15.2f}" for count in counts)
-        print(f"{length:<10}" + "".join(cells))
-
-
 def main() -> None:
-    """Measure and print both tables."""
+    """Load the model and measure."""
     import transformers
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one repetition, short texts")
+    parser.add_argument("--quick", action="store_true", help="one repetition, a short text")
     options = parser.parse_args()
     repeats, n_tokens = (1, 96) if options.quick else (options.repeats, options.tokens)
-    lengths = [48, 96] if options.quick else [n_tokens // 2, n_tokens, 2 * n_tokens]
-    counts = [24, 96] if options.quick else [24, 168, 672]
     model = ss.load_model(options.model, progress=False)
     device = next(model.parameters()).device
     print(f"{options.model} on {device}, {model.cfg.dtype}")
@@ -178,7 +160,6 @@ def main() -> None:
         f"transformer-lens {version('transformer-lens')}"
     )
     against_others(Text(model, n_tokens), repeats)
-    growth(model, lengths, counts, repeats)
 
 
 if __name__ == "__main__":
