@@ -1,7 +1,7 @@
 """Time of packed counterfactual rows, against one intervention at a time and one plain pass.
 
-Claim: rows for every layer at seven tokens (24 x 7 in Qwen2.5-0.5B) take less than twice the time of
-one plain forward pass over as many tokens as text and rows have together, and are at least 100
+Claim: rows for every layer at seven tokens (24 x 7 in Qwen2.5-0.5B) take less than twice the time
+of one plain forward pass over as many tokens as text and rows have together, and are at least 100
 times faster than `run_with_hooks`, one intervention at a time.
 
 All sides run in one process, in turn, in every repetition; ratios are taken within a repetition and

@@ -1,4 +1,4 @@
-"""How time and memory of counterfactual rows grow with their number and with the length of the text.
+"""How time and memory of counterfactual rows grow with their number and with the text.
 
 Every cell of the table is a process of its own, so that peaks of memory do not mix: it loads the
 model, answers two rows (with the self-test), and then reports the seconds of a whole call of
