@@ -25,10 +25,13 @@ def assert_same(one: ss.Trace, other: ss.Trace) -> None:
     for name in ("SinkScores", "k_norm", "mlp_out_norm"):
         torch.testing.assert_close(one[name], other[name], equal_nan=True, rtol=1e-3, atol=1e-4)
     for name in ("ResidualGeometry", "hf"):
-        for field in ("norm", "alignment", "centered_alignment"):
-            torch.testing.assert_close(
-                getattr(one[name], field), getattr(other[name], field), rtol=1e-3, atol=1e-3
-            )
+        ours, theirs = one[name], other[name]
+        torch.testing.assert_close(ours.norm, theirs.norm, rtol=1e-3, atol=1e-3)
+        # Of a massive vector that was erased its rounding is left, whose angle says nothing.
+        size = theirs.norm / theirs.norm.cummax(dim=0).values
+        for field in ("alignment", "centered_alignment"):
+            difference = (getattr(ours, field) - getattr(theirs, field)) * size
+            assert difference.abs().max() < 1e-3
     torch.testing.assert_close(
         one["MassiveActivations"].value, other["MassiveActivations"].value, rtol=1e-3, atol=1e-3
     )
