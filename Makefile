@@ -23,7 +23,7 @@ CORE_TL3 := $(VENV_TL3)/.installed-core
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl3 lint docs benchmarks clean
+.PHONY: help demo test test-tl3 lint docs experiments benchmarks clean
 
 help: ## show this
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ lint: $(DEV) ## ruff and mypy
 
 docs: $(DOCS) ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+
+experiments: $(CORE) ## the published figures and claims on two models; index in out/experiments
+	$(BIN)/python experiments/run_all.py --out out/experiments
 
 benchmarks: $(CORE) ## measure all claims of speed and memory, and write docs/performance.md
 	$(BIN)/python benchmarks/performance.py

@@ -1,0 +1,44 @@
+"""Beyond the paper: other published measures see other tokens.
+
+Claim: the thresholded sink rate of Gu et al. and massive activations name the primary sink, and
+miss the secondary sinks of this library's criterion.
+
+Supported if over the texts that are looked at closely each of the two names fewer than half of the
+secondary sinks; not supported otherwise.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from shared import Bench, Outcome, Verdict, cannot_tell, main
+
+import secondary_sinks as ss
+
+
+def run(bench: Bench) -> Outcome:
+    """All measures beside each other, over the texts that are looked at closely."""
+    if not bench.close:
+        return cannot_tell(bench)
+    found = [ss.other_measures(bench.model, sinks) for sinks in bench.close]
+    frame = pd.concat([one.to_frame() for one in found], keys=range(len(found)), names=["text"])
+    frame = frame.reset_index(level="text")
+    own = frame[frame["secondary"]]
+    names = [name for name in ("gu", "massive", "reference") if name in frame]
+    shares = {name: float(own[name].mean()) for name in names}
+    holds = len(own) > 0 and all(shares[n] < 0.5 for n in ("gu", "massive") if n in shares)
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    why = (
+        f"Of {len(own)} secondary sinks that could be compared in {len(found)} texts "
+        f"({bench.name}), the other measures name: {listed}. Together they name "
+        f"{int((~frame['secondary']).sum())} tokens that are no secondary sinks, primaries among "
+        f"them."
+    )
+    return Outcome(
+        Verdict("supported" if holds else "not supported", why),
+        figures={"beyond_measures": found[0].plot()},
+        tables={"beyond_measures": frame},
+    )
+
+
+if __name__ == "__main__":
+    main(run, "beyond_measures", __doc__)

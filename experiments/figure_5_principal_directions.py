@@ -1,0 +1,56 @@
+"""Figure 5: the writer's MLP answers to a direction of its inputs that sinks have.
+
+Claim: fed multiples of the principal components of its inputs, the writer writes a large vector
+along the sink direction for one of them, beyond a threshold; sinks have that component.
+
+Supported if a component separates sinks from ordinary tokens (area under the ROC curve 0.9 or
+more) and the MLP's answer to that component alone, at the sinks' projection, has a cosine of 0.5
+or more with the sink direction; not supported if components separate and none is answered so;
+cannot tell if none separates.
+"""
+
+from __future__ import annotations
+
+from shared import Bench, Outcome, Verdict, cannot_tell, main
+
+import secondary_sinks as ss
+
+MIN_SEPARATION, MIN_COSINE = 0.9, 0.5
+
+
+def run(bench: Bench) -> Outcome:
+    """Components over all texts with secondary sinks."""
+    if not bench.with_sinks:
+        return cannot_tell(bench)
+    found = ss.mlp_response(bench.model, bench.with_sinks, seed=bench.seed)
+    frame = found.components_frame()
+    separating = frame[frame["separation"] >= MIN_SEPARATION]
+    answered = separating[separating["cosine_at_sinks"] >= MIN_COSINE]
+    best = frame.loc[frame["separation"].idxmax()]
+    strongest = frame.loc[frame["cosine_at_sinks"].abs().idxmax()]
+    if len(answered):
+        answer = "supported"
+    else:
+        answer = "not supported" if len(separating) else "cannot tell"
+    n_sinks = int(found.is_sink.sum())
+    why = (
+        f"MLP {found.layer} of {bench.name}, inputs of {n_sinks} sinks and "
+        f"{len(found.is_sink) - n_sinks} ordinary tokens: component {best.component:.0f} separates "
+        f"them best (area {best.separation:.2f}, {best.variance_ratio:.0%} of the variance); at the "
+        f"sinks' projection the MLP's answer to it alone has a cosine of {best.cosine_at_sinks:.2f} "
+        f"with the sink direction and a norm of {best.norm_at_sinks:.1f}. The answer most along "
+        f"that direction is to component {strongest.component:.0f} "
+        f"({strongest.cosine_at_sinks:.2f}, norm {strongest.norm_at_sinks:.1f})."
+    )
+    return Outcome(
+        Verdict(answer, why),
+        figures={"figure_5_principal_directions": found.plot()},
+        tables={
+            "figure_5_principal_directions": frame,
+            "figure_5_curves": found.to_frame(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(run, "figure_5_principal_directions", __doc__)

@@ -1,0 +1,103 @@
+"""Every experiment runs on planted models, and its verdict follows from the planted truth."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import secondary_sinks as ss
+from secondary_sinks.models.planted import PlantedPhase, PlantedSink
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+sys.path.insert(0, str(FOLDER))
+
+import run_all  # noqa: E402
+from shared import Bench, write  # noqa: E402
+
+MIDDLE = "supported", "not supported", "cannot tell"
+
+
+@functools.cache
+def bench(with_sinks: bool = True) -> Bench:
+    """Four texts of a planted model with one writer and two sinks of different strength, or of one
+    without secondary sinks."""
+    sinks = (
+        PlantedSink(token=9, writer=5, norm=80, lifetime=4, feeders=(2, 3)),
+        PlantedSink(token=12, writer=5, norm=120, lifetime=5, feeders=(2, 3)),
+    )
+    planted = ss.planted_model(
+        n_layers=12,
+        phases=(PlantedPhase(start=1, end=11, norm=400),),
+        secondary=sinks if with_sinks else (),
+    )
+    model = planted.load()
+    texts = [planted.tokens(64, seed=seed) for seed in range(4)]
+    return Bench(model, tuple(ss.detect_sinks(model, texts)))
+
+
+@functools.cache
+def outcome(name: str):
+    """One experiment on it."""
+    return importlib.import_module(name).run(bench())
+
+
+@pytest.mark.parametrize("name", run_all.EXPERIMENTS)
+def test_an_experiment_writes_figure_data_and_verdict(name, tmp_path):
+    found = outcome(name)
+    paths = {path.name for path in write(found, name, tmp_path)}
+    assert {f"{name}.png", f"{name}.pdf", f"{name}.csv", f"{name}.txt"} <= paths
+    assert all((tmp_path / path).stat().st_size for path in paths)
+    assert found.verdict.answer in MIDDLE
+    assert str(found.verdict) == (tmp_path / f"{name}.txt").read_text().strip()
+
+
+@pytest.mark.parametrize("name", run_all.EXPERIMENTS)
+def test_a_claim_is_stated_and_cannot_be_told_without_sinks(name):
+    module = importlib.import_module(name)
+    assert "Claim:" in module.__doc__
+    assert module.run(bench(False)).verdict.answer == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "figure_2_levels",
+        "figure_4_mlp_stages",
+        "claim_1_writers",
+        "claim_2_dose",
+        "claim_3_primary",
+        "beyond_erasers",
+    ],
+)
+def test_what_was_planted_is_supported(name):
+    found = outcome(name).verdict
+    assert found.answer == "supported", found.why
+
+
+def test_the_writers_are_the_planted_ones():
+    why = outcome("claim_1_writers").verdict.why
+    assert "100 %" in why
+    assert "MLP 5" in why
+    assert "MLP 2" in why
+    assert "MLP 3" in why
+
+
+def test_all_of_them_in_one_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_all, "make_bench", lambda *args, **kwargs: bench())
+    monkeypatch.setattr(run_all, "EXPERIMENTS", ("figure_2_levels", "claim_1_writers"))
+    run_all.main(model=["planted"], texts=None, out=tmp_path, n_texts=4, max_tokens=None)
+    page = (tmp_path / "index.md").read_text()
+    assert "| [claim_1_writers](#claim-1-writers) | supported |" in page
+    for name in ("figure_2_levels", "claim_1_writers"):
+        assert f"![{name}](planted/{name}.png)" in page
+        assert (tmp_path / "planted" / f"{name}.png").exists()
+    assert (tmp_path / "levels_over_models.png").exists()
+
+
+def test_every_script_is_run():
+    scripts = {path.stem for path in FOLDER.glob("*.py")}
+    assert scripts == {*run_all.EXPERIMENTS, "run_all", "shared", "levels_over_models"}
