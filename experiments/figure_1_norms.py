@@ -32,7 +32,8 @@ def run(bench: Bench) -> Outcome:
     why = (
         f"Over {count} secondary sinks of {len(profiles)} texts ({bench.name}), the median sink's "
         f"residual is {residual:.1f} times as long as the median ordinary token's, its keys "
-        f"{key:.2f} times and its values {value:.2f} times, each over the layers that show its life."
+        f"{key:.2f} times and its values {value:.2f} times, each over the layers that "
+        "show its life."
     )
     return Outcome(
         Verdict("supported" if holds else "not supported", why),

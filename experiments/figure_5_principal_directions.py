@@ -28,17 +28,15 @@ def run(bench: Bench) -> Outcome:
     answered = separating[separating["cosine_at_sinks"] >= MIN_COSINE]
     best = frame.loc[frame["separation"].idxmax()]
     strongest = frame.loc[frame["cosine_at_sinks"].abs().idxmax()]
-    if len(answered):
-        answer = "supported"
-    else:
-        answer = "not supported" if len(separating) else "cannot tell"
+    untold = "not supported" if len(separating) else "cannot tell"
+    answer = "supported" if len(answered) else untold
     n_sinks = int(found.is_sink.sum())
     why = (
         f"MLP {found.layer} of {bench.name}, inputs of {n_sinks} sinks and "
-        f"{len(found.is_sink) - n_sinks} ordinary tokens: component {best.component:.0f} separates "
-        f"them best (area {best.separation:.2f}, {best.variance_ratio:.0%} of the variance); at the "
-        f"sinks' projection the MLP's answer to it alone has a cosine of {best.cosine_at_sinks:.2f} "
-        f"with the sink direction and a norm of {best.norm_at_sinks:.1f}. The answer most along "
+        f"{len(found.is_sink) - n_sinks} ordinary tokens: component {best.component:.0f} "
+        f"separates them best (area {best.separation:.2f}, {best.variance_ratio:.0%} of the "
+        f"variance); at the sinks' projection the MLP's answer to it alone has a cosine of "
+        f"{best.cosine_at_sinks:.2f} with the sink direction and a norm of {best.norm_at_sinks:.1f}. The answer most along "
         f"that direction is to component {strongest.component:.0f} "
         f"({strongest.cosine_at_sinks:.2f}, norm {strongest.norm_at_sinks:.1f})."
     )

@@ -5,7 +5,7 @@ An experiment is a module with a docstring that states the claim, and one functi
     def run(bench: Bench) -> Outcome
 
 A `Bench` is a loaded model with the sink maps of some texts; an `Outcome` holds the figures, the
-tables and the verdict. `main` makes a command of it, and `run_all.py` runs all of them on one bench.
+tables and the verdict. `main` makes a command of it, and `run_all.py` runs all on one bench.
 """
 
 from __future__ import annotations
