@@ -204,7 +204,7 @@ def forward(
             if site.name == FINAL_NORM:
                 stack.enter_context(_final_norm_hook(model, hook))
             else:
-                hooks.append((_hook_name(model, site), hook))
+                hooks.append((hook_name(model, site), hook))
         device = _input_device(model)
         placed = {
             name: value.to(device) if isinstance(value, Tensor) else value
@@ -266,7 +266,7 @@ def layer_sites(names: Iterable[str], n_layers: int) -> list[Site]:
     return sites
 
 
-def _hook_name(model: Any, site: Site) -> str:
+def hook_name(model: Any, site: Site) -> str:
     """The canonical hook name of a site.
 
     The bridge calls a function once for the alias and once more for the canonical name in

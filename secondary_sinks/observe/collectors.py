@@ -32,6 +32,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.models.host import FINAL_NORM
+from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Collector:
     """Base of all collectors; subclasses set `sites` and define `start`, `update`, `result`."""
 
     sites: tuple[str, ...] = ()
-    """Names of the sites to read (`models.host.SITE_HOOKS`, or `final_norm`)."""
+    """Names of the sites to read (`models.host.SITE_HOOKS`, `final_norm`, or `attention`)."""
+
+    attention: ColumnRequest = ColumnRequest()
+    """What the site `attention` should show, for those that read it."""
 
     name: str | None = None
     """Under which name the result is found; by default the name of the class."""
@@ -57,8 +61,9 @@ class Collector:
     def start(self, run: Run) -> None:
         """Prepare for one text."""
 
-    def update(self, site: str, layer: int | None, activation: Tensor) -> None:
-        """Take in one activation of that text, without batch dimension and padding."""
+    def update(self, site: str, layer: int | None, activation: Any) -> None:
+        """Take in one activation of that text, without batch dimension and padding: a tensor, or
+        an `AttentionColumns` at the site `attention`."""
         raise NotImplementedError
 
     def result(self) -> Any:
@@ -111,7 +116,7 @@ class SinkScores(Collector):
     A large score is not evidence that the token's content is used: see the value norms, or ablate.
     """
 
-    sites = ("pattern",)
+    sites = (ATTENTION,)
 
     def __init__(
         self,
@@ -135,11 +140,11 @@ class SinkScores(Collector):
         self._n_queries = later + (self.convention == "gu")
         self._hidden = self._n_queries < (1 if self.convention == "gu" else self.min_queries)
 
-    def update(self, site: str, layer: int | None, activation: Tensor) -> None:
-        """Reduce one layer's pattern [head, query, key] over queries."""
-        total = activation.sum(dim=1, dtype=torch.float32)
-        if self.convention == "later":
-            total = total - activation.diagonal(dim1=1, dim2=2).float()
+    def update(self, site: str, layer: int | None, activation: AttentionColumns) -> None:
+        """Take the means of one layer."""
+        total = activation.received
+        if self.convention == "gu":
+            total = total + activation.own
         score = total.cpu() / self._n_queries
         score[:, self._hidden] = torch.nan
         self._layers.append(score)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import torch
 from jaxtyping import Int
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.models.host import (
     HostInfo,
+    Observer,
     Site,
     UserHook,
     describe,
@@ -32,6 +33,14 @@ from secondary_sinks.models.host import (
 )
 from secondary_sinks.models.identity import check_residual_identity
 from secondary_sinks.models.text import Message, Text, TokenizedText, is_many, pad, tokenize
+from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
+from secondary_sinks.observe.attention_path import (
+    AttentionChoice,
+    AttentionPath,
+    Receive,
+    path_of_attention,
+    streamed_attention,
+)
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.storage import load_record, save_record
 
@@ -50,6 +59,8 @@ class Trace(Mapping[str, Any]):
     results: dict[str, Any]
     chat: bool = False
     """Whether the tokens came out of a chat template."""
+    attention: AttentionPath = "eager"
+    """How attention was computed: whole patterns, or streamed without them."""
 
     def __getitem__(self, key: str) -> Any:
         return self.results[key]
@@ -93,8 +104,8 @@ class Trace(Mapping[str, Any]):
 
     def save(self, path: str | Path) -> Path:
         """Write every tensor result to one safetensors file; see `load`."""
-        record = {"chat": self.chat, "token_strings": self.token_strings}
-        record["host"] = dataclasses.asdict(self.host)
+        record = {"chat": self.chat, "attention": self.attention}
+        record |= {"token_strings": self.token_strings, "host": dataclasses.asdict(self.host)}
         results = {f"results/{name}": tensor for name, tensor in _tensors(self.results)}
         tensors = {"tokens": self.tokens} | results
         return save_record(path, "Trace", tensors, record)
@@ -107,7 +118,8 @@ class Trace(Mapping[str, Any]):
         tokens = tensors.pop("tokens")
         strings = tuple(record["token_strings"])
         results = {name.removeprefix("results/"): tensor for name, tensor in tensors.items()}
-        return cls(tokens, strings, HostInfo(**host), results, record["chat"])
+        attention = record.get("attention", "eager")  # files of before knew no other
+        return cls(tokens, strings, HostInfo(**host), results, record["chat"], attention)
 
 
 class TraceOptions(TypedDict, total=False):
@@ -119,6 +131,7 @@ class TraceOptions(TypedDict, total=False):
     attention_mask: Tensor | None
     batch_size: int
     fwd_hooks: Sequence[UserHook]
+    attention: AttentionChoice
     progress: bool | None
 
 
@@ -148,6 +161,7 @@ def trace(
     attention_mask: Int[Tensor, "batch token"] | None = None,
     batch_size: int = 1,
     fwd_hooks: Sequence[UserHook] = (),
+    attention: AttentionChoice = "auto",
     progress: bool | None = None,
 ) -> Trace | list[Trace]:
     """Run the model once over each text and collect statistics of its activations.
@@ -169,6 +183,11 @@ def trace(
         batch_size: texts in one forward pass, padded on the right. It changes speed and memory,
             not the results.
         fwd_hooks: further `(hook name, function)` pairs for these passes, for example to intervene.
+        attention: "streaming" computes it a block of queries at a time and holds no pattern, so
+            that memory grows with the text and not with its square; "eager" is the host's own way.
+            They agree up to rounding. "auto" streams texts of some length, unless the model, a hook
+            or a collector needs what only the eager pass shows (patterns, scores, rotated queries
+            and keys). `Trace.attention` says which way was taken; see `observe.attention_path`.
         progress: show a progress bar; None shows one for more than one batch.
 
     Returns:
@@ -177,7 +196,8 @@ def trace(
     Raises:
         InputError: unusable text, collectors or arguments.
         ModelError: the model lacks a site, a hook did not fire as it should, the residual identity
-            does not hold, or an activation is NaN or infinite (the first such layer is named).
+            does not hold, an activation is NaN or infinite (the first such layer is named), or
+            `attention="streaming"` is not possible.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}; a whole number from 1 on is meant")
@@ -199,7 +219,8 @@ def trace(
     show = len(batches) > 1 if progress is None else progress
     traces: dict[int, Trace] = {}
     for batch in tqdm(batches, desc="forward passes", disable=not show):
-        found = _trace_batch(model, info, [texts[index] for index in batch], collectors, fwd_hooks)
+        own = [texts[index] for index in batch]
+        found = _trace_batch(model, info, own, collectors, fwd_hooks, attention)
         traces.update(zip(batch, found, strict=True))
     in_order = [traces[index] for index in range(len(texts))]
     return in_order if is_many(text) else in_order[0]
@@ -211,6 +232,7 @@ def _trace_batch(
     texts: Sequence[TokenizedText],
     collectors: Sequence[Collector],
     fwd_hooks: Sequence[UserHook],
+    attention: AttentionChoice,
 ) -> list[Trace]:
     workers = [[copy.deepcopy(collector) for collector in collectors] for _ in texts]
     for text, own in zip(texts, workers, strict=True):
@@ -221,10 +243,10 @@ def _trace_batch(
     for site in layer_sites(["resid_post"], info.n_layers):
         readers[site] = []  # always read, so that a NaN is found where it arises
     for index, collector in enumerate(collectors):
-        for site in layer_sites(collector.sites, info.n_layers):
+        for site in layer_sites(_hooked_sites(collector), info.n_layers):
             readers[site].append(index)
 
-    def observer(site: Site, indices: list[int]) -> Any:
+    def observer(site: Site, indices: list[int]) -> Observer:
         def take(activation: Tensor) -> None:
             for row, text in enumerate(texts):
                 own = _without_padding(activation[row], site, len(text))
@@ -235,9 +257,30 @@ def _trace_batch(
 
         return take
 
-    tokens, mask = pad(texts)
     observers = {site: observer(site, indices) for site, indices in readers.items()}
-    observe(model, tokens, mask, observers, fwd_hooks=fwd_hooks)
+    lookers = [index for index, one in enumerate(collectors) if ATTENTION in one.sites]
+    request = ColumnRequest()
+    for index in lookers:
+        request |= collectors[index].attention
+
+    def receive(layer: int, columns: Sequence[AttentionColumns]) -> None:
+        for row, own in enumerate(columns):
+            for index in lookers:
+                workers[row][index].update(ATTENTION, layer, own)
+
+    tokens, mask = pad(texts)
+    longest = max(texts, key=len)
+    way = path_of_attention(
+        model, longest.tokens, attention, sites=list(observers), fwd_hooks=fwd_hooks
+    )
+    lengths = [len(text) for text in texts]
+    if way == "streaming":
+        with streamed_attention(model, lengths, request, receive):
+            observe(model, tokens, mask, observers, fwd_hooks=fwd_hooks)
+    else:
+        if lookers:
+            _read_patterns(observers, info.n_layers, lengths, request, receive)
+        observe(model, tokens, mask, observers, fwd_hooks=fwd_hooks)
     return [
         Trace(
             tokens=text.tokens,
@@ -245,9 +288,38 @@ def _trace_batch(
             host=info,
             results={_name(collector): collector.result() for collector in own},
             chat=text.chat,
+            attention=way,
         )
         for text, own in zip(texts, workers, strict=True)
     ]
+
+
+def _read_patterns(
+    observers: dict[Site, Observer],
+    n_layers: int,
+    lengths: Sequence[int],
+    request: ColumnRequest,
+    receive: Receive,
+) -> None:
+    """Let the observers of the pattern reduce it to columns as well."""
+
+    def reader(site: Site, others: Observer | None) -> Observer:
+        def read(pattern: Tensor) -> None:
+            if others is not None:
+                others(pattern)
+            rows = zip(pattern, lengths, strict=True)
+            columns = [AttentionColumns.of_pattern(p[:, :n, :n], request) for p, n in rows]
+            receive(cast(int, site.layer), columns)
+
+        return read
+
+    for site in layer_sites(["pattern"], n_layers):
+        observers[site] = reader(site, observers.get(site))
+
+
+def _hooked_sites(collector: Collector) -> list[str]:
+    """The sites of a collector that are activations of the host."""
+    return [name for name in collector.sites if name != ATTENTION]
 
 
 def _update(collector: Collector, site: Site, activation: Tensor) -> None:
@@ -301,7 +373,8 @@ def _check_collectors(model: Any, collectors: Sequence[Collector], info: HostInf
     if twice:
         raise InputError(f"two collectors are named {sorted(twice)[0]!r}; give one another `name`")
     for collector in collectors:
-        for site in layer_sites(collector.sites, info.n_layers):
+        needed = _hooked_sites(collector) + ["pattern"] * (ATTENTION in collector.sites)
+        for site in layer_sites(needed, info.n_layers):
             if not has_site(model, site):
                 raise ModelError(
                     f"{_name(collector)} reads {site.name!r}, which {info.name!r} does not have "

@@ -15,6 +15,7 @@ from secondary_sinks.explain import evidence, reference
 from secondary_sinks.explain.sinks import SinkMap
 from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Message, Text
+from secondary_sinks.observe.attention_path import AttentionChoice
 from secondary_sinks.observe.collectors import Collector, ResidualGeometry, SinkScores
 from secondary_sinks.observe.trace import Trace, TraceOptions, trace
 
@@ -63,6 +64,7 @@ def detect_sinks(
     primary: int | None = None,
     batch_size: int = 1,
     fwd_hooks: Sequence[UserHook] = (),
+    attention: AttentionChoice = "auto",
     progress: bool | None = None,
     **thresholds: float,
 ) -> SinkMap | list[SinkMap]:
@@ -87,6 +89,8 @@ def detect_sinks(
             becomes a sink first, of those whose residuals grow about as large as the largest.
         batch_size: texts in one forward pass.
         fwd_hooks: further hooks for these passes, for example to intervene.
+        attention: "streaming" holds no pattern, so that texts of many thousand tokens fit; "eager"
+            is the host's own way; "auto" takes the better. See `trace`.
         progress: show a progress bar; None shows one for several texts.
         **thresholds: of the evidence criterion, see `secondary_sinks.explain.evidence.DEFAULTS`.
 
@@ -121,6 +125,7 @@ def detect_sinks(
         attention_mask=attention_mask,
         batch_size=batch_size,
         fwd_hooks=fwd_hooks,
+        attention=attention,
         progress=progress,
     )
     if isinstance(traces, Trace):
@@ -158,7 +163,7 @@ def _sink_map(
         tokens=found.tokens,
         token_strings=found.token_strings,
         n_tokens=len(tokens),
-        model=dataclasses.asdict(found.host),
+        model=dataclasses.asdict(found.host) | {"attention": found.attention},
         criterion=criterion,
         thresholds=thresholds,
         primary_position=detection.primary_position,

@@ -1,0 +1,224 @@
+"""Replace the attention of a `TransformerBridge`, for as long as a context lasts.
+
+The bridge computes attention eagerly, whole pattern by whole pattern, so that its hooks can show
+it. `replaced_attention` hands queries, keys and values to a function of one's own instead, and
+takes its output:
+
+>>> def attend(layer: int, inputs: AttentionInputs) -> Tensor:  # [batch, token, head, d_head]
+...     ...
+>>> with replaced_attention(model, attend):
+...     observe(...)
+
+Everything outside of the scores goes on as before: the hooks of queries, keys, values, of the heads'
+outputs and of the residual stream fire and can be edited. Those between the projections and the
+output (`pattern`, `attn_scores`, rotated queries and keys) do *not* fire, and the host says nothing;
+`observe.attention_path` finds out which, and compares what remains with the eager pass.
+
+A bridge has attention of two kinds. Where the model has a projection each for queries, keys and
+values, Hugging Face's own attention module is run (its projections are parts of the bridge, hooks
+and all) with an attention function and a mask builder that are registered under a name of their
+own. Where it has one joint projection (GPT-2, NeoX, Phi-3) the bridge has split it, Hugging Face's
+module does not know the parts, and the step of the bridge after the projections is exchanged.
+`HookedTransformer` has no such place: scores, mask, softmax and hooks are one method.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from secondary_sinks.errors import ModelError
+from secondary_sinks.models.host import describe
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention is computed from, in one layer."""
+
+    query: Float[Tensor, "batch head token d_head"]
+    """Positions are applied already, to keys as well."""
+    key: Float[Tensor, "batch kv_head token d_head"]
+    value: Float[Tensor, "batch kv_head token d_head"]
+    scale: float
+    window: int | None = None
+    """How many keys a query sees, itself included; None: all."""
+    softcap: float | None = None
+    """Scores s become `softcap * tanh(s / softcap)`."""
+    sink_logits: Float[Tensor, "head"] | None = None
+    """A learned logit a head that joins each softmax."""
+
+
+Attend = Callable[[int, AttentionInputs], Tensor]
+
+
+@contextmanager
+def replaced_attention(model: Any, attend: Attend) -> Iterator[None]:
+    """Within the context every layer's attention is what `attend` makes of its inputs.
+
+    Masks are left to `attend`, which knows of padding and of no more than `AttentionInputs` says.
+    At the end the model is as it was, also after an error.
+
+    Raises:
+        ModelError: the model's attention cannot be replaced; the message says why.
+    """
+    layers = list(enumerate(_attention_bridges(model)))
+    with ExitStack() as stack:
+        _register_with_hugging_face(model, stack, attend, dict(_modules_of(layers)))
+        for layer, component in layers:
+            replacement = _replacement(layer, component, attend)
+            for name, function in replacement.items():
+                # Not by setattr, which a bridge hands on to the Hugging Face module.
+                component.__dict__[name] = function
+                stack.callback(component.__dict__.pop, name, None)
+        yield
+
+
+def sliding_windows(model: Any) -> set[int]:
+    """Widths within which some layer may look back, as far as the configuration tells."""
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    owners = [config, *(getattr(c, "original_component", None) for c in _attention_bridges(model))]
+    values = [getattr(owner, name, None) for owner in owners for name in names]
+    return {value for value in values if isinstance(value, int) and value > 0}
+
+
+def has_module_hooks(model: Any) -> bool:
+    """Whether ordinary PyTorch hooks of attention modules would see something else."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks
+        for component in _attention_bridges(model)
+        for module in (component, component.original_component)
+    )
+
+
+def _attention_bridges(model: Any) -> list[Any]:
+    if describe(model).generation != "bridge":
+        raise ModelError(
+            f"{type(model).__name__} computes scores, mask, softmax and hooks of its attention in "
+            "one step, which leaves no place for another; load the model as a TransformerBridge"
+        )
+    components = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
+    if not components or any(
+        getattr(component, "original_component", None) is None for component in components
+    ):
+        raise ModelError("not every block of this model has attention")
+    return components
+
+
+def _modules_of(layers: list[tuple[int, Any]]) -> Iterator[tuple[int, int]]:
+    for layer, component in layers:
+        yield id(component.original_component), layer
+
+
+def _register_with_hugging_face(
+    model: Any, stack: ExitStack, attend: Attend, layer_of: dict[int, int]
+) -> None:
+    """Register the attention function and its mask builder, and choose them in all configs."""
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ModelError("this transformers has no attention interface to stream with") from error
+
+    def attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        inputs = AttentionInputs(
+            query=query,
+            key=key,
+            value=value,
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=sliding_window,
+            softcap=softcap,
+            sink_logits=s_aux,
+        )
+        return attend(layer_of[id(module)], inputs), None
+
+    name = f"secondary_sinks_{uuid.uuid4().hex}"
+    for interface, function in ((AttentionInterface, attention), (AttentionMaskInterface, _no_mask)):
+        interface.register(name, function)
+        stack.callback(interface._global_mapping.pop, name, None)
+    for config in _configs(model):
+        # The public property of this name would write to the parts of a config as well.
+        before = config._attn_implementation_internal
+        config._attn_implementation_internal = name
+        stack.callback(setattr, config, "_attn_implementation_internal", before)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The mask that Hugging Face's model builds for all layers: none."""
+
+
+def _configs(model: Any) -> list[Any]:
+    found = [getattr(module, "config", None) for module in model.original_model.modules()]
+    configs = {id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}
+    return list(configs.values())
+
+
+def _replacement(layer: int, component: Any, attend: Attend) -> dict[str, Callable[..., Any]]:
+    """The methods of one attention component to exchange."""
+    from transformer_lens.model_bridge.generalized_components import (
+        AttentionBridge,
+        JointQKVAttentionBridge,
+        JointQKVPositionEmbeddingsAttentionBridge,
+        PositionEmbeddingsAttentionBridge,
+    )
+
+    if "forward" in component.__dict__ or "_reconstruct_attention" in component.__dict__:
+        raise ModelError("its attention has been exchanged already")
+    step = type(component)._reconstruct_attention if _is_joint(component) else None
+    joint = (JointQKVAttentionBridge, JointQKVPositionEmbeddingsAttentionBridge)
+    if any(step is kind._reconstruct_attention for kind in joint):
+        return {"_reconstruct_attention": functools.partial(_joint, layer, component, attend)}
+    if type(component).forward is PositionEmbeddingsAttentionBridge.forward:
+        return {"forward": functools.partial(AttentionBridge.forward, component)}
+    raise ModelError(
+        f"its attention ({type(component).__name__}) is of a kind that nothing is known of"
+    )
+
+
+def _is_joint(component: Any) -> bool:
+    return hasattr(type(component), "_reconstruct_attention")
+
+
+def _joint(
+    layer: int,
+    component: Any,
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """What a joint projection's bridge does after it: positions, attention, output projection."""
+    config, module = component.config, component.original_component
+    n_heads = int(config.n_heads)
+    n_kv_heads = int(getattr(config, "n_key_value_heads", None) or n_heads)
+    q, k, v, n_batch, n_tokens, d_head = component._reshape_qkv_to_heads(
+        q, k, v, n_heads, n_kv_heads
+    )
+    positions = arguments.get("position_embeddings")
+    if positions is not None and hasattr(component, "_apply_rotary_pos_emb"):
+        cos, sin = component._apply_position_embedding_hooks(positions)
+        q, k = component._apply_rotary_pos_emb(q, k, cos, sin)
+    scale = d_head**-0.5
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        scale /= layer + 1
+    window = getattr(getattr(module, "config", None), "sliding_window", None)
+    output = attend(layer, AttentionInputs(query=q, key=k, value=v, scale=scale, window=window))
+    return component._apply_output_projection(output.reshape(n_batch, n_tokens, -1)), None
