@@ -22,7 +22,7 @@ from secondary_sinks.explain.attention import AttentionBaseline
 from secondary_sinks.explain.evidence import lives
 from secondary_sinks.explain.sinks import SinkMap
 from secondary_sinks.models.host import UserHook
-from secondary_sinks.observe.collectors import Collector, Run, SinkScores, ordinary_tokens
+from secondary_sinks.observe.collectors import Collector, Run, SinkScores, mean_of, ordinary_tokens
 from secondary_sinks.observe.trace import Trace, trace
 
 
@@ -71,7 +71,8 @@ class CleanRun:
     """Tokens that are no sinks."""
     baseline: AttentionBaseline
     visible: tuple[Bool[Tensor, "query key"], ...]
-    """Which keys a query sees, once for each kind of layer (full, sliding window)."""
+    """Which keys a query sees, once for each kind of layer (full, sliding window); empty where
+    rows were not asked for."""
     kind_of_layer: tuple[int, ...]
     """Index into `visible` of every layer."""
     residual_before: dict[int, Float[Tensor, "token d_model"]]
@@ -84,7 +85,7 @@ class CleanRun:
         In some architectures it fires after the softmax, with the weights, and nothing is hidden
         there; then `visible` says nothing and the scores cannot be edited.
         """
-        return all(bool((~kind[0, 1:]).all()) for kind in self.visible)
+        return bool(self.visible) and all(bool((~kind[0, 1:]).all()) for kind in self.visible)
 
     @classmethod
     def of(
@@ -94,25 +95,28 @@ class CleanRun:
         *,
         fwd_hooks: Sequence[UserHook] = (),
         begin_at: Iterable[int] = (),
+        for_rows: bool = True,
     ) -> CleanRun:
-        """Run the tokens of a sink map once more and keep what rows need.
+        """Run the tokens of a sink map once more and keep what is needed of them.
 
         Args:
             model: any TransformerLens model.
             sinks: the sink map of the text.
             fwd_hooks: hooks of the user's own.
             begin_at: layers before which the residual stream is kept.
+            for_rows: note which keys each query sees, as packed rows need. That is read from the
+                attention scores, so the pass is eager; without, a long text's is streamed.
         """
         tokens = sinks.tokens
         collectors: list[Collector] = [
             _Anchors(sinks.primary_position),
-            _Visible(),
             _Residuals(begin_at),
             SinkScores(min_queries=1, name="score"),
         ]
+        collectors += [_Visible()] if for_rows else []
         found = cast(Trace, trace(model, cast(Tensor, tokens), collectors, fwd_hooks=fwd_hooks))
         primary, common, median, *geometry = found["_Anchors"]
-        visible, kind_of_layer = found["_Visible"]
+        visible, kind_of_layer = found["_Visible"] if for_rows else ((), ())
         ordinary = torch.ones(len(found.tokens), dtype=torch.bool)
         ordinary[[sink.position for sink in sinks.sinks] or [sinks.primary_position]] = False
         ordinary[sinks.primary_position] = False
@@ -200,7 +204,7 @@ class _Anchors(Collector):
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
         residual = activation.float()
         ordinary = ordinary_tokens(residual)
-        common = residual[ordinary].mean(dim=0)
+        common = mean_of(residual, ordinary)
         primary = residual[self.position]
         geometry = TokenGeometry.of(residual, primary, common)
         median = geometry.centered_norm[ordinary].median()

@@ -10,13 +10,15 @@ of tokens are edited where they stand:
 >>> edited.sink_score[:, :, 0] - clean_state.sink_score[:, :, 0]    # the primary, [layer, head]
 
 Row 0 is there because an edit may ask what the clean tokens have at its site, and because clean and
-edited numbers of one batch are rounded alike. Of each row only a `TextState` is kept: no pattern
-and no residual outlives its layer, and logits are reduced to three numbers a token.
+edited numbers of one batch are rounded alike. Of each row only a `TextState` is kept: no residual
+outlives its layer, logits are reduced to three numbers a token, and the attention of long texts is
+streamed (`observe.attention_path`), so that thousands of tokens fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,13 @@ from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.interventions import Intervention, Row
 from secondary_sinks.intervene.rows import Place, edit_hooks
 from secondary_sinks.models.host import Editor, Site, UserHook, describe, forward
+from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
+from secondary_sinks.observe.attention_path import (
+    AttentionChoice,
+    AttentionPath,
+    path_of_attention,
+    streamed_attention,
+)
 
 MEMORY_BUDGET = 1 << 30
 """Bytes that the attention and the logits of one pass may take, by default."""
@@ -110,7 +119,16 @@ class TextMeter:
         """The functions that read every layer's pattern and residual."""
         layers = range(self._clean.primary.shape[0])
         patterns = [(Site("pattern", layer), self._read_pattern) for layer in layers]
-        return [*patterns, *((Site("resid_post", layer), self._reader(layer)) for layer in layers)]
+        return [*patterns, *self.residual_editors()]
+
+    def residual_editors(self) -> list[tuple[Site, Editor]]:
+        """Those of the residual alone, for a pass whose attention is streamed to `receive`."""
+        layers = range(self._clean.primary.shape[0])
+        return [(Site("resid_post", layer), self._reader(layer)) for layer in layers]
+
+    def receive(self, layer: int, columns: Sequence[AttentionColumns]) -> None:
+        """Take in the attention of a layer, one text a row."""
+        self._keep_score(torch.stack([one.received for one in columns]))
 
     def states(self) -> list[TextState]:
         """One state for each row of the batch."""
@@ -122,10 +140,11 @@ class TextMeter:
         return [TextState(*row) for row in rows]
 
     def _read_pattern(self, pattern: Tensor) -> None:
-        n_tokens = pattern.shape[-1]
         weight = pattern.float()
-        total = weight.sum(dim=2) - weight.diagonal(dim1=2, dim2=3)
-        n_later = torch.arange(n_tokens - 1, -1, -1, device=total.device)
+        self._keep_score(weight.sum(dim=2) - weight.diagonal(dim1=2, dim2=3))
+
+    def _keep_score(self, total: Float[Tensor, "row head token"]) -> None:
+        n_later = torch.arange(total.shape[-1] - 1, -1, -1, device=total.device)
         # Clamped, then masked: dividing by 0 would make the gradient of every token NaN.
         score = (total / n_later.clamp_min(1)).masked_fill(n_later == 0, torch.nan)
         self._score.append(score.cpu())
@@ -156,6 +175,7 @@ def run_whole_texts(
     logits: bool = False,
     reduce: Callable[[TextState], Any] | None = None,
     fwd_hooks: Sequence[UserHook] = (),
+    attention: AttentionChoice = "auto",
     memory_budget: int = MEMORY_BUDGET,
     progress: bool | None = None,
 ) -> tuple[Any, list[Any]]:
@@ -170,6 +190,7 @@ def run_whole_texts(
         logits: keep the logits in each state.
         reduce: applied to each state at once, so that a long scan keeps no more than it needs.
         fwd_hooks: hooks of the user's own, in force for all rows.
+        attention: how it is computed; see `observe.trace.trace`.
         memory_budget: bytes for attention and logits; decides how many copies share a pass.
         progress: show a progress bar; None shows one for more than one pass.
 
@@ -180,7 +201,11 @@ def run_whole_texts(
         ModelError: a site cannot be measured, or not even one copy fits into memory.
     """
     keep = reduce or (lambda state: state)
-    size = texts_per_pass(model, len(clean.tokens), memory_budget, logits=output or logits)
+    sites = {Site(one.site, one.layer) for text in texts for one in text}
+    way = path_of_attention(model, clean.tokens, attention, sites=sites, fwd_hooks=fwd_hooks)
+    size = texts_per_pass(
+        model, len(clean.tokens), memory_budget, logits=output or logits, attention=way
+    )
     first, clean_state = 0, None
     done: list[Any] = []
     show = len(texts) > size if progress is None else progress
@@ -188,7 +213,7 @@ def run_whole_texts(
         while clean_state is None or first < len(texts):
             chunk = texts[first : first + size]
             try:
-                states = _one_pass(model, clean, chunk, output, logits, fwd_hooks)
+                states = _one_pass(model, clean, chunk, output, logits, fwd_hooks, way)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 if size == 1:
                     raise ModelError(
@@ -204,13 +229,25 @@ def run_whole_texts(
     return clean_state, done
 
 
-def texts_per_pass(model: Any, n_tokens: int, memory_budget: int, *, logits: bool) -> int:
+def texts_per_pass(
+    model: Any,
+    n_tokens: int,
+    memory_budget: int,
+    *,
+    logits: bool,
+    attention: AttentionPath = "eager",
+) -> int:
     """How many edited copies of a text share a pass with the clean one."""
-    # Eager attention holds about five float32 copies of its scores, and the output of the model is
-    # in memory once in its own precision and once more in float32.
-    attention = 20 * describe(model).n_heads * n_tokens**2
+    # Eager attention holds about five float32 copies of its scores. Streamed, the most are the
+    # residuals and MLP activations of one block, three of each at once.
+    if attention == "eager":
+        block = 20 * describe(model).n_heads * n_tokens**2
+    else:
+        width = int(model.cfg.d_model) + int(getattr(model.cfg, "d_mlp", None) or 0)
+        block = 12 * width * n_tokens
+    # The output is in memory once in the model's own precision and once more in float32.
     output = 8 * int(model.cfg.d_vocab) * n_tokens if logits else 0
-    return max(1, memory_budget // (attention + output) - 1)
+    return max(1, memory_budget // (block + output) - 1)
 
 
 def output_change(
@@ -244,6 +281,7 @@ def _one_pass(
     output: bool,
     logits: bool,
     fwd_hooks: Sequence[UserHook],
+    way: AttentionPath,
 ) -> list[TextState]:
     rows: list[Row] = []
     places: list[Place] = []
@@ -253,14 +291,22 @@ def _one_pass(
             places.append((copy, one.position))
     tokens = clean.tokens.expand(1 + len(texts), -1)
     meter = TextMeter(clean)
-    found = forward(
-        model,
-        tokens,
-        [*edit_hooks(rows, places, clean), *meter.editors()],
-        fwd_hooks=fwd_hooks,
-        attention_mask=torch.ones_like(tokens),
-        logits=output or logits,
-    )
+    lengths = [len(clean.tokens)] * len(tokens)
+    streamed = way == "streaming"
+    readers = meter.residual_editors() if streamed else meter.editors()
+    with (
+        streamed_attention(model, lengths, ColumnRequest(), meter.receive)
+        if streamed
+        else nullcontext()
+    ):
+        found = forward(
+            model,
+            tokens,
+            [*edit_hooks(rows, places, clean), *readers],
+            fwd_hooks=fwd_hooks,
+            attention_mask=torch.ones_like(tokens),
+            logits=output or logits,
+        )
     states = meter.states()
     if found is None:
         return states

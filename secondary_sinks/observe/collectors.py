@@ -298,18 +298,19 @@ class ResidualGeometry(Collector):
             return
         layer = last if layer is None else layer
         residual = activation.float()
-        ordinary = ordinary_tokens(residual)
-        common = residual[ordinary].mean(dim=0)
+        norm = torch.linalg.vector_norm(residual, dim=-1)
+        ordinary = _ordinary(norm)
+        common = mean_of(residual, ordinary)
         centered = residual - common
-        norm, centered_norm = residual.norm(dim=-1), centered.norm(dim=-1)
+        centered_norm = torch.linalg.vector_norm(centered, dim=-1)
+        directions = centered[self._index]
         found = self._found
         found.norm[layer] = norm.cpu()
+        found.centered_norm[layer] = centered_norm.cpu()
         found.ordinary_norm[layer] = norm[ordinary].median().cpu()
         found.ordinary_centered_norm[layer] = centered_norm[ordinary].median().cpu()
-        found.alignment[:, layer] = _cosines(residual, residual[self._index]).cpu()
-        found.centered_norm[layer] = centered_norm.cpu()
-        directions = centered[self._index]
-        found.centered_alignment[:, layer] = _cosines(centered, directions).cpu()
+        found.alignment[:, layer] = _cosines(residual, norm, residual[self._index]).cpu()
+        found.centered_alignment[:, layer] = _cosines(centered, centered_norm, directions).cpu()
         found.common_norm[layer] = common.norm().cpu()
         if self._before is not None:
             before = self._before.to(directions.device)
@@ -326,15 +327,29 @@ def ordinary_tokens(residual: Float[Tensor, "token d_model"]) -> Bool[Tensor, "t
 
     The quartile and not the median, because in a repetitive text most tokens can be sinks.
     """
-    norm = residual.float().norm(dim=-1)
-    ordinary: Tensor = norm <= 1.5 * norm.quantile(0.25)
-    return ordinary
+    return _ordinary(residual.float().norm(dim=-1))
+
+
+def mean_of(
+    residual: Float[Tensor, "token d_model"], chosen: Bool[Tensor, "token"]
+) -> Float[Tensor, "d_model"]:
+    """Mean residual of the chosen tokens; for the ordinary ones, the common component.
+
+    A product with the choice, which copies nothing.
+    """
+    mean: Tensor = (chosen / chosen.sum()) @ residual.float()
+    return mean
+
+
+def _ordinary(norm: Float[Tensor, "token"]) -> Bool[Tensor, "token"]:
+    return norm <= 1.5 * norm.quantile(0.25)
 
 
 def _cosines(
-    vectors: Float[Tensor, "token d_model"], directions: Float[Tensor, "candidate d_model"]
+    vectors: Float[Tensor, "token d_model"],
+    norms: Float[Tensor, "token"],
+    directions: Float[Tensor, "candidate d_model"],
 ) -> Float[Tensor, "candidate token"]:
     unit = torch.nn.functional.normalize(directions, dim=-1)
-    norms = vectors.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    cosines: Tensor = unit @ vectors.T / norms
+    cosines: Tensor = unit @ vectors.T / norms.clamp_min(torch.finfo(torch.float32).tiny)
     return cosines.clamp(-1, 1)

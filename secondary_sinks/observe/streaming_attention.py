@@ -215,17 +215,22 @@ class _Hidden:
         n_queries = end - start
         query = torch.arange(start, end, device=device)[:, None]
         self._n_queries = n_queries
-        self._later = torch.arange(start, end, device=device) > query
+        self._later = _minus_infinity_where(query.T > query)
         self._before: Tensor | None = None
         if window is not None and end - first > window:
             early = torch.arange(first, min(first + n_queries, end), device=device)
-            self._before = early <= query - window
+            self._before = _minus_infinity_where(early <= query - window)
 
     def mask(self, scores: Float[Tensor, "head query key"]) -> None:
         """Set the scores of hidden keys to minus infinity."""
-        scores[:, :, scores.shape[-1] - self._n_queries :].masked_fill_(self._later, -math.inf)
+        scores[:, :, scores.shape[-1] - self._n_queries :].add_(self._later)
         if self._before is not None:
-            scores[:, :, : self._before.shape[1]].masked_fill_(self._before, -math.inf)
+            scores[:, :, : self._before.shape[1]].add_(self._before)
+
+
+def _minus_infinity_where(hidden: Tensor) -> Tensor:
+    """A mask to add, which is faster than filling where a mask says so."""
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -math.inf)
 
 
 def _softmax_in_place(

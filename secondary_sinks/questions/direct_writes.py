@@ -30,7 +30,7 @@ def direct_writes(
     Raises:
         ModelError: they do not.
     """
-    clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks)
+    clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks, for_rows=False)
     onsets = [sink.l_start for sink in chosen]
     directions = torch.nn.functional.normalize(clean.primary[onsets] - clean.common[onsets], dim=-1)
     collector = _Projections([sink.position for sink in chosen], directions, clean.ordinary)
