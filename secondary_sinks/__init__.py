@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from secondary_sinks.observe.collectors import ResidualNorms as ResidualNorms
     from secondary_sinks.observe.collectors import SinkScores as SinkScores
     from secondary_sinks.observe.collectors import sink_rate as sink_rate
+    from secondary_sinks.observe.received_attention import ReceivedAttention as ReceivedAttention
     from secondary_sinks.observe.trace import Trace as Trace
     from secondary_sinks.observe.trace import trace as trace
     from secondary_sinks.questions.detect_sinks import detect_sinks as detect_sinks
@@ -73,6 +74,9 @@ _HOME = {
     "ResidualNorms": "observe.collectors",
     "SinkScores": "observe.collectors",
     "sink_rate": "observe.collectors",
+    "AttentionColumns": "observe.attention_columns",
+    "ColumnRequest": "observe.attention_columns",
+    "ReceivedAttention": "observe.received_attention",
     "Trace": "observe.trace",
     "trace": "observe.trace",
     "Evidence": "explain.sinks",

@@ -150,7 +150,10 @@ def _register_with_hugging_face(
         return attend(layer_of[id(module)], inputs), None
 
     name = f"secondary_sinks_{uuid.uuid4().hex}"
-    for interface, function in ((AttentionInterface, attention), (AttentionMaskInterface, _no_mask)):
+    for interface, function in (
+        (AttentionInterface, attention),
+        (AttentionMaskInterface, _no_mask),
+    ):
         interface.register(name, function)
         stack.callback(interface._global_mapping.pop, name, None)
     for config in _configs(model):

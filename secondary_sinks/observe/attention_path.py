@@ -236,9 +236,13 @@ def _close(
     streamed: list[tuple[tuple[int, ...], float]] | None,
 ) -> bool:
     """Whether a hook showed the same; a twentieth is beyond rounding in any precision."""
-    return streamed is not None and len(eager) == len(streamed) and all(
-        shape == other_shape and abs(norm - other) <= 0.05 * abs(norm) + 1e-6
-        for (shape, norm), (other_shape, other) in zip(eager, streamed, strict=True)
+    return (
+        streamed is not None
+        and len(eager) == len(streamed)
+        and all(
+            shape == other_shape and abs(norm - other) <= 0.05 * abs(norm) + 1e-6
+            for (shape, norm), (other_shape, other) in zip(eager, streamed, strict=True)
+        )
     )
 
 

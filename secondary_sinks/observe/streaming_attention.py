@@ -209,9 +209,7 @@ class _Hidden:
     each mask is as wide as there are queries.
     """
 
-    def __init__(
-        self, start: int, end: int, first: int, window: int | None, device: torch.device
-    ):
+    def __init__(self, start: int, end: int, first: int, window: int | None, device: torch.device):
         n_queries = end - start
         query = torch.arange(start, end, device=device)[:, None]
         self._n_queries = n_queries

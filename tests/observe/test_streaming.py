@@ -1,0 +1,412 @@
+"""Streamed attention: the numbers of the eager pass, without its patterns, and never silently less."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import secondary_sinks as ss
+from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.intervene.whole_text import run_whole_texts
+from secondary_sinks.models.planted import PlantedPhase, planted_model
+from secondary_sinks.models.streaming import replaced_attention
+from secondary_sinks.observe import attention_path, streaming_attention
+from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
+from secondary_sinks.observe.streaming_attention import StreamingAttention
+
+LONG = 100  # as `auto` sees it, where `long_texts` is in force
+N = 40  # longer than every sliding window of the tiny models, and than the blocks of these tests
+EVERYTHING = ColumnRequest(maximum=True, thresholds=(0.05, 0.3), entropy=True)
+SEEN = ("resid_post", "attn_out", "mlp_out", "q", "k", "v", "z")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of queries, the last one shorter, on short texts."""
+    monkeypatch.setattr(streaming_attention, "_LONGEST_BLOCK", 16)
+
+
+@pytest.fixture
+def long_texts(monkeypatch):
+    """`auto` streams from half the context of the tiny models on."""
+    monkeypatch.setattr(attention_path, "SHORTEST", 64)
+
+
+def dense(query, key, value, *, scale, window=None, softcap=None, sink_logits=None):
+    """Attention of one text in float64, with its whole pattern."""
+    group = query.shape[0] // key.shape[0]
+    key, value = (one.double().repeat_interleave(group, dim=0) for one in (key, value))
+    scores = query.double() @ key.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    n_tokens = query.shape[1]
+    ago = torch.arange(n_tokens)[:, None] - torch.arange(n_tokens)
+    hidden = (ago < 0) | (ago >= (window or n_tokens))
+    scores = scores.masked_fill(hidden, -math.inf)
+    if sink_logits is not None:
+        logits = sink_logits.double()[:, None, None].expand(-1, n_tokens, 1)
+        scores = torch.cat([scores, logits], dim=-1)
+    pattern = scores.softmax(dim=-1)[..., :n_tokens]
+    return (pattern @ value).transpose(0, 1), pattern
+
+
+def assert_same_columns(found, expected, *, rtol=1e-5, atol=1e-5):
+    for name in ("received", "own", "maximum", "entropy"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=rtol, atol=atol
+        )
+    for threshold, count in expected.above.items():
+        # A weight that lies on the threshold may fall on either side.
+        assert (found.above[threshold] - count).abs().max() <= 1
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 40, 1000])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_is_dense_attention(window, softcap, sinks, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return (2 * torch.randn(*shape, generator=generator)).to(dtype)
+
+    for (n_heads, n_kv_heads), block in (((4, 4), 7), ((6, 2), 16), ((4, 1), 1), ((6, 2), 64)):
+        query, key, value = (draw(2, n, 53, 8) for n in (n_heads, n_kv_heads, n_kv_heads))
+        settings = {"scale": 0.4, "window": window, "softcap": softcap}
+        settings["sink_logits"] = draw(n_heads) if sinks else None
+        kernel = StreamingAttention([53, 31], EVERYTHING, block=block)
+        output, columns = kernel(query, key, value, **settings)
+        assert output.dtype == dtype
+        assert (output[1, 31:] == 0).all()
+        for row, length in enumerate((53, 31)):
+            parts = (part[row, :, :length] for part in (query, key, value))
+            expected, pattern = dense(*parts, **settings)
+            torch.testing.assert_close(
+                output[row, :length],
+                expected.to(dtype),
+                rtol=1e-2 if dtype != torch.float32 else 1e-5,
+                atol=1e-5,
+            )
+            assert_same_columns(columns[row], AttentionColumns.of_pattern(pattern, EVERYTHING))
+
+
+def test_columns_of_a_pattern_by_hand():
+    pattern = torch.tensor([[[1.0, 0.0, 0.0], [0.75, 0.25, 0.0], [0.5, 0.25, 0.25]]])
+    found = AttentionColumns.of_pattern(
+        pattern, ColumnRequest(maximum=True, thresholds=(0.6,), entropy=True)
+    )
+    torch.testing.assert_close(found.received, torch.tensor([[1.25, 0.25, 0.0]]))
+    torch.testing.assert_close(found.own, torch.tensor([[1.0, 0.25, 0.25]]))
+    torch.testing.assert_close(found.maximum, torch.tensor([[0.75, 0.25, 0.0]]))
+    torch.testing.assert_close(found.above[0.6], torch.tensor([[1.0, 0.0, 0.0]]))
+    last = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))
+    assert found.entropy[0, 0] == 0
+    assert found.entropy[0, 2] == pytest.approx(last)
+
+
+def test_only_what_is_asked_for_is_computed():
+    plain = StreamingAttention([5])(*torch.randn(3, 1, 2, 5, 4), scale=0.5)[1][0]
+    assert plain.maximum is plain.above is plain.entropy is None
+    both = ColumnRequest(thresholds=(0.3,)) | ColumnRequest(maximum=True, thresholds=(0.1, 0.3))
+    assert both == ColumnRequest(maximum=True, thresholds=(0.1, 0.3))
+    with pytest.raises(ss.InputError, match="thresholds"):
+        ColumnRequest(thresholds=(2.0,))
+
+
+def collectors():
+    return [
+        ss.SinkScores(min_queries=1),
+        ss.SinkScores("gu", name="gu"),
+        ss.ReceivedAttention((0.05, 0.3)),
+        ss.ResidualGeometry(),
+        *(ss.Norms(site) for site in SEEN),
+    ]
+
+
+def assert_same_trace(streamed, eager, rtol=1e-4):
+    assert (streamed.attention, eager.attention) == ("streaming", "eager")
+    for name in ("SinkScores", "gu", *(f"{site}_norm" for site in SEEN)):
+        torch.testing.assert_close(
+            streamed[name], eager[name], rtol=rtol, atol=1e-5, equal_nan=True
+        )
+    one, other = streamed["ReceivedAttention"], eager["ReceivedAttention"]
+    for name in ("maximum", "entropy"):
+        torch.testing.assert_close(
+            getattr(one, name), getattr(other, name), rtol=rtol, atol=1e-5, equal_nan=True
+        )
+    n_tokens = len(eager.tokens)
+    off = ((one.share_above - other.share_above) * torch.arange(n_tokens - 1, -1, -1))[..., :-1]
+    assert off.abs().max() < 1.5
+    assert off.abs().mean() < 0.01
+
+
+def test_a_streamed_trace_is_the_eager_one(tiny, family, tokens_of, small_blocks):
+    """Batches with padding included: the second and third text are padded to the fourth."""
+    model = tiny(family)
+    texts = [tokens_of(n, seed=n) for n in (N, 11, 17, 33)]
+    streamed, eager = (
+        ss.trace(model, texts, collectors(), batch_size=3, progress=False, attention=way)
+        for way in ("streaming", "eager")
+    )
+    for one, other in zip(streamed, eager, strict=True):
+        assert_same_trace(one, other)
+    assert eager[0]["ReceivedAttention"].mean_entropy.shape == (3, 4)
+
+
+EDITS = [
+    ("blocks.1.attn.hook_q", lambda value, hook: value * 2),
+    ("blocks.1.attn.hook_k", lambda value, hook: value.flip(1)),
+    ("blocks.1.attn.hook_v", lambda value, hook: value + 1),
+    ("blocks.2.attn.hook_z", lambda value, hook: value * 0.5),
+    ("blocks.0.hook_mlp_out", lambda value, hook: value * 0),
+    ("blocks.0.hook_resid_post", lambda value, hook: value.roll(1, dims=1)),
+]
+
+
+def test_hooks_fire_and_edit_as_they_do_eagerly(make_tiny, family, tokens_of, small_blocks):
+    model, tokens = make_tiny(family), tokens_of(N)
+    plain = ss.trace(model, tokens, collectors(), attention="eager")
+    for name, edit in EDITS[:3]:
+        model.add_hook(name, edit)
+    streamed, eager = (
+        ss.trace(model, tokens, collectors(), fwd_hooks=EDITS[3:], attention=way)
+        for way in ("streaming", "eager")
+    )
+    assert_same_trace(streamed, eager)
+    assert not torch.allclose(eager["resid_post_norm"][2], plain["resid_post_norm"][2], rtol=1e-3)
+
+
+class Pattern(ss.Collector):
+    sites = ("pattern",)
+
+    def update(self, site, layer, activation):
+        self.last = activation.shape
+
+    def result(self):
+        return self.last
+
+
+def look(value, hook):
+    return None
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        [("blocks.1.attn.hook_pattern", look)],
+        [("blocks.1.attn.hook_rot_q", look)],
+        [("blocks.1.hook_mlp_out", look), (lambda name: name.endswith("scores"), look)],
+    ],
+)
+@pytest.mark.parametrize("where", ["in the call", "on the model"])
+def test_a_hook_that_would_not_fire_is_never_ignored(
+    make_tiny, tokens_of, long_texts, hooks, where
+):
+    model, tokens = make_tiny("llama"), tokens_of(LONG)
+    calls = []
+    counted = [(name, lambda value, hook: calls.append(hook.name)) for name, _ in hooks]
+    arguments = {"fwd_hooks": counted} if where == "in the call" else {}
+    if where == "on the model":
+        for name, function in counted:
+            model.add_hook(name, function)
+    with pytest.raises(ss.ModelError, match="cannot be streamed here: .*does not fire"):
+        ss.trace(model, tokens, [ss.SinkScores()], attention="streaming", **arguments)
+    calls.clear()
+    seen = ss.trace(model, tokens, [ss.SinkScores()], **arguments)
+    assert seen.attention == "eager"
+    assert any("attn.hook" in name for name in calls)
+
+
+def test_a_collector_of_patterns_gets_them(tiny, tokens_of, long_texts):
+    model, tokens = tiny("qwen2"), tokens_of(LONG)
+    seen = ss.trace(model, tokens, [Pattern(), ss.SinkScores()])
+    assert seen.attention == "eager"
+    assert seen["Pattern"] == (4, LONG, LONG)
+    with pytest.raises(ss.ModelError, match="'pattern' is asked for"):
+        ss.trace(model, tokens, [Pattern()], attention="streaming")
+    handle = model.blocks[0].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ss.ModelError, match="PyTorch hooks"):
+        ss.trace(model, tokens, [ss.SinkScores()], attention="streaming")
+    handle.remove()
+
+
+def test_auto_streams_long_texts(tiny, tokens_of, long_texts):
+    model = tiny("llama")
+    lengths = (attention_path.SHORTEST - 1, attention_path.SHORTEST)
+    texts = [tokens_of(n) for n in lengths]
+    short, long = ss.trace(model, texts, [ss.SinkScores()], progress=False)
+    assert (short.attention, long.attention) == ("eager", "streaming")
+    assert ss.detect_sinks(model, texts[1]).model["attention"] == "streaming"
+    for wrong in ("flash", None):
+        with pytest.raises(ss.InputError, match="attention"):
+            ss.trace(model, texts[0], [ss.SinkScores()], attention=wrong)
+
+
+@pytest.mark.parametrize("family_of_kind", ["mistral", "gpt2"])
+def test_a_host_that_does_something_else_is_found_out(
+    make_tiny, tokens_of, monkeypatch, long_texts, family_of_kind
+):
+    """As if the host did not tell of its window, or scaled in another way."""
+    model, tokens = make_tiny(family_of_kind), tokens_of(LONG)
+    real = StreamingAttention.__call__
+
+    def deaf(self, *parts, window, scale, **settings):
+        scale = scale * (1.5 if window is None else 1)
+        return real(self, *parts, window=None, scale=scale, **settings)
+
+    monkeypatch.setattr(StreamingAttention, "__call__", deaf)
+    with pytest.raises(ss.ModelError, match="differs from its eager pass"):
+        ss.trace(model, tokens, [ss.SinkScores()], attention="streaming")
+    assert ss.trace(model, tokens, [ss.SinkScores()]).attention == "eager"
+
+
+def test_attention_that_nothing_is_known_of_stays_eager(make_tiny, tokens_of, long_texts):
+    model = make_tiny("llama")
+
+    class Own(type(model.blocks[1].attn)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model.blocks[1].attn.__class__ = Own
+    with pytest.raises(ss.ModelError, match="nothing is known of"):
+        ss.trace(model, tokens_of(LONG), [ss.SinkScores()], attention="streaming")
+    assert ss.trace(model, tokens_of(LONG), [ss.SinkScores()]).attention == "eager"
+
+
+def everything_exchangeable(model):
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    return (
+        dict(AttentionInterface._global_mapping),
+        dict(AttentionMaskInterface._global_mapping),
+        [
+            m.config._attn_implementation
+            for m in model.original_model.modules()
+            if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")
+        ],
+        [sorted(block.attn.__dict__) for block in model.blocks],
+    )
+
+
+def test_nothing_is_left_behind(make_tiny, family, tokens_of):
+    model, tokens = make_tiny(family), tokens_of(N)[None]
+    with torch.no_grad():
+        before, state = model(tokens), everything_exchangeable(model)
+    ss.trace(model, tokens, [ss.SinkScores()], attention="streaming")
+
+    def broken(layer, inputs):
+        if layer == 1:
+            raise ZeroDivisionError
+        return torch.zeros_like(inputs.query).transpose(1, 2)
+
+    with pytest.raises(ZeroDivisionError), replaced_attention(model, broken), torch.no_grad():
+        model(tokens)
+    assert everything_exchangeable(model) == state
+    with torch.no_grad():
+        assert torch.equal(model(tokens), before)
+
+
+class Shapes(TorchDispatchMode):
+    """Every shape that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(one, torch.Tensor):
+                self.seen.add(tuple(one.shape))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss", "phi3", "neox"])
+def test_no_pattern_is_ever_in_memory(hf_model, tiny, tokens_of, kind):
+    hf, n_tokens = hf_model(kind), 1024
+    hf.config.max_position_embeddings = n_tokens
+    model = ss.load_model(hf, tokenizer=tiny("llama").tokenizer, progress=False)
+    tokens = tokens_of(n_tokens)
+    request = [ss.SinkScores(), ss.ReceivedAttention(), ss.ResidualGeometry()]
+    ss.trace(model, tokens, request, attention="streaming")  # with the comparison
+    squares = {}
+    for way in ("streaming", "eager"):
+        with Shapes() as shapes:
+            ss.trace(model, tokens, request, attention=way)
+        squares[way] = [s for s in shapes.seen if sum(side >= n_tokens for side in s) > 1]
+        largest = max(math.prod(shape) for shape in shapes.seen)
+        assert (largest < n_tokens**2 / 2) == (way == "streaming")
+    assert not squares["streaming"]
+    assert squares["eager"]
+
+
+def test_one_pass_a_text_after_the_first_comparison(make_tiny, tokens_of):
+    model = make_tiny("mistral")
+    lengths = []
+    model.original_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(
+            (args[0] if args else kwargs["input_ids"]).shape[1]
+        ),
+        with_kwargs=True,
+    )
+    for _ in range(2):
+        ss.trace(model, tokens_of(LONG), [ss.SinkScores()], attention="streaming")
+    # The identity of residuals; both ways, with more tokens than the window; then the texts.
+    assert lengths[0] <= 8
+    assert lengths[1:] == [64, 64, LONG, LONG]
+
+
+def test_the_way_is_saved_with_the_trace(tiny, tokens_of, tmp_path):
+    seen = ss.trace(tiny("llama"), tokens_of(N), [ss.SinkScores()], attention="streaming")
+    assert ss.Trace.load(seen.save(tmp_path / "seen.safetensors")).attention == "streaming"
+
+
+def test_planted_sinks_are_found_streaming():
+    planted = planted_model(n_layers=8, phases=(PlantedPhase(start=1, end=7, norm=200),))
+    model, tokens = planted.load(), planted.tokens(300)
+    streamed, eager = (
+        ss.detect_sinks(model, tokens, attention=way) for way in ("streaming", "eager")
+    )
+    assert streamed.model["attention"] == "streaming"
+    found = [[(s.position, s.kind, s.layers) for s in m.sinks] for m in (streamed, eager)]
+    assert found[0] == found[1] != []
+
+
+def test_whole_texts_are_the_same_streamed(tiny, tokens_of, small_blocks):
+    model, tokens = tiny("qwen2"), tokens_of(N)
+    sinks = ss.detect_sinks(model, tokens, primary=0)
+    clean = CleanRun.of(model, sinks, for_rows=False)
+    assert not clean.shows_scores
+    texts = [
+        [ss.Intervention("mlp_out", 1, 3, ss.Zero()), ss.Intervention("z", 2, 5, ss.Scale(2.0))],
+        [ss.Intervention("k", 0, 0, ss.Zero())],
+    ]
+    found = {}
+    for way in ("streaming", "eager"):
+        state, rest = run_whole_texts(model, clean, texts, attention=way)
+        found[way] = [state, *rest]
+    for one, other in zip(*found.values(), strict=True):
+        for name in ("sink_score", "norm", "alignment", "centered_norm", "centered_alignment"):
+            torch.testing.assert_close(
+                getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-5, equal_nan=True
+            )
+        torch.testing.assert_close(one.output.token_loss, other.output.token_loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "neox"])
+def test_half_precision(make_tiny, tokens_of, dtype, kind):
+    """Streamed weights are nearer to the truth than the eager ones, which are rounded."""
+    model, tokens = make_tiny(kind), tokens_of(N)
+    exact = ss.trace(model, tokens, collectors())["SinkScores"][0, :, :-1]
+    model.to(dtype)
+    score = {
+        way: ss.trace(model, tokens, collectors(), attention=way)["SinkScores"][0, :, :-1]
+        for way in ("streaming", "eager")
+    }
+    torch.testing.assert_close(score["streaming"], exact, rtol=0.05, atol=0.02)
+    error = {way: (found - exact).abs().mean() for way, found in score.items()}
+    assert error["streaming"] < 1.2 * error["eager"]
