@@ -9,10 +9,10 @@ takes its output:
 >>> with replaced_attention(model, attend):
 ...     observe(...)
 
-Everything outside of the scores goes on as before: the hooks of queries, keys, values, of the heads'
-outputs and of the residual stream fire and can be edited. Those between the projections and the
-output (`pattern`, `attn_scores`, rotated queries and keys) do *not* fire, and the host says nothing;
-`observe.attention_path` finds out which, and compares what remains with the eager pass.
+Everything outside of the scores goes on as before: the hooks of queries, keys and values, of what
+the heads put out and of the residual stream fire and can be edited. Those between the projections
+and the output (`pattern`, `attn_scores`, rotated queries and keys) do *not* fire, and the host says
+nothing; `observe.attention_path` finds out which, and compares the rest with the eager pass.
 
 A bridge has attention of two kinds. Where the model has a projection each for queries, keys and
 values, Hugging Face's own attention module is run (its projections are parts of the bridge, hooks

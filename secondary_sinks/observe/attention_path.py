@@ -157,13 +157,13 @@ def _compare(model: Any, tokens: Tensor) -> _Comparison:
         reason = str(error) if isinstance(error, ModelError) else f"the host fails ({error!r})"
         return _Comparison(reason, frozenset())
     eager = _Pass(model, tokens, stream=False)
-    error = streamed.difference(eager)
+    difference = streamed.difference(eager)
     tolerance = _tolerance(model)
     problem = None
-    if not error <= tolerance:
+    if not difference <= tolerance:
         problem = (
             f"on {len(tokens)} tokens {describe(model).name!r} differs from its eager pass by "
-            f"{error:.1e}, more than the {tolerance:.1e} that rounding explains"
+            f"{difference:.1e}, more than the {tolerance:.1e} that rounding explains"
         )
     same = {name for name in eager.hooks if _close(eager.hooks[name], streamed.hooks.get(name))}
     return _Comparison(problem, frozenset(same))

@@ -28,7 +28,7 @@ from torch import Tensor
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 
 _ROWS = 384
-"""Folded queries of a block on a CPU: large enough for fast products, small enough for its cache."""
+"""Folded queries of a block on a CPU: large enough for fast products, small enough to stay in cache."""
 
 _LONGEST_BLOCK = 128
 """Queries of a block on a CPU at most: half a block of keys is computed to be masked."""
@@ -213,7 +213,7 @@ class _Hidden:
         n_queries = end - start
         query = torch.arange(start, end, device=device)[:, None]
         self._n_queries = n_queries
-        self._later = _minus_infinity_where(query.T > query)
+        self._later = _minus_infinity_where(query < query.T)
         self._before: Tensor | None = None
         if window is not None and end - first > window:
             early = torch.arange(first, min(first + n_queries, end), device=device)

@@ -104,8 +104,12 @@ class Trace(Mapping[str, Any]):
 
     def save(self, path: str | Path) -> Path:
         """Write every tensor result to one safetensors file; see `load`."""
-        record = {"chat": self.chat, "attention": self.attention}
-        record |= {"token_strings": self.token_strings, "host": dataclasses.asdict(self.host)}
+        record = {
+            "chat": self.chat,
+            "attention": self.attention,
+            "token_strings": self.token_strings,
+            "host": dataclasses.asdict(self.host),
+        }
         results = {f"results/{name}": tensor for name, tensor in _tensors(self.results)}
         tensors = {"tokens": self.tokens} | results
         return save_record(path, "Trace", tensors, record)

@@ -1,4 +1,4 @@
-"""Streamed attention: the numbers of the eager pass, without its patterns, and never silently less."""
+"""Streamed attention: the numbers of the eager pass without its patterns, and no hook unheard."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_a_hook_that_would_not_fire_is_never_ignored(
     if where == "on the model":
         for name, function in counted:
             model.add_hook(name, function)
-    with pytest.raises(ss.ModelError, match="cannot be streamed here: .*does not fire"):
+    with pytest.raises(ss.ModelError, match=r"cannot be streamed here: .*does not fire"):
         ss.trace(model, tokens, [ss.SinkScores()], attention="streaming", **arguments)
     calls.clear()
     seen = ss.trace(model, tokens, [ss.SinkScores()], **arguments)
