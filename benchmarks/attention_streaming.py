@@ -7,8 +7,9 @@ states, a pass for keys and values, and for each layer one more eager pass for i
 
 All sides run in one process, in turn, in every repetition. Two ratios are printed for each: of the
 shortest times, and the median of those within a repetition; other work on the machine makes both
-larger, and the second more. With `--cpu-time` one thread's own time is taken instead. Only the last logits are computed, and no key-value cache. The three
-steps are timed with two of the eager passes, and scaled to all layers.
+larger, and the second more. With `--cpu-time` one thread's own time is taken instead. Only the last
+logits are computed, and no key-value cache. The three steps are timed with two of the eager passes,
+and scaled to all layers.
 
     python benchmarks/attention_streaming.py [--model smollm2-135m] [--tokens 1024 2048 4096]
 """

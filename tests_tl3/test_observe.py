@@ -132,3 +132,10 @@ def test_users_hooks_stay_and_are_seen():
     assert (seen[1] == 0).all()
     assert (seen[0] > 0).all()
     assert len(model.hook_dict["blocks.1.hook_mlp_out"].fwd_hooks) == 1
+
+
+def test_attention_of_a_hooked_transformer_cannot_be_streamed():
+    model, tokens = hooked_model(), torch.arange(12)
+    with pytest.raises(ss.ModelError, match="load the model as a TransformerBridge"):
+        ss.trace(model, tokens, [ss.SinkScores()], attention="streaming")
+    assert ss.trace(model, tokens, [ss.SinkScores()]).attention == "eager"

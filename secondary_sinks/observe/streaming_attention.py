@@ -28,7 +28,7 @@ from torch import Tensor
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 
 _ROWS = 384
-"""Folded queries of a block on a CPU: large enough for fast products, small enough to stay in cache."""
+"""Folded queries of a block on a CPU: enough for fast products, few enough to stay in cache."""
 
 _LONGEST_BLOCK = 128
 """Queries of a block on a CPU at most: half a block of keys is computed to be masked."""
