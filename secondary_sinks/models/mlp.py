@@ -148,9 +148,8 @@ def _checked(model: Any, layer: int) -> tuple[Mlp, float]:
         known[layer] = _examine(model, layer, *weights)
     facts = dict(known[layer])
     multiplier = facts.pop("multiplier")
-    kind, readers, w_out, b_out, activation = weights
-    return Mlp(layer, kind, **facts, readers=readers, w_out=w_out, b_out=b_out,
-               activation=activation), multiplier  # fmt: skip
+    names = ("kind", "readers", "w_out", "b_out", "activation")
+    return Mlp(layer=layer, **facts, **dict(zip(names, weights, strict=True))), multiplier
 
 
 def _weights(module: Any) -> tuple[Any, ...]:
@@ -226,20 +225,14 @@ def _examine(model: Any, layer: int, *weights: Any) -> dict[str, Any]:
     recorded = _record(model, kind, layer)
     inputs, raw, written = (recorded[name] for name in ("mlp_in", "mlp_raw", "mlp_out"))
     block = model.blocks[layer]
-    middle = recorded["resid_pre"] + recorded["attn_out"]
+    first = recorded["resid_pre"]
+    residuals = {"resid_mid": first + recorded["attn_out"], "resid_pre": first}
     # Parallel blocks share one norm, or have one each; some models have none in front.
-    places = [
-        (_norm_map(model, block, name, like=inputs), reads, residual)
-        for reads, residual in (("resid_mid", middle), ("resid_pre", recorded["resid_pre"]))
-        for name in ("ln2", "ln1", None)
-    ]
+    norms = [_norm_map(model, block, name, like=inputs) for name in ("ln2", "ln1", None)]
     before, reads = min(
-        ((norm, reads) for norm, reads, residual in places if norm is not None),
-        key=lambda place: place[0].error(
-            middle if place[1] == "resid_mid" else recorded["resid_pre"], inputs
-        ),
+        ((norm, name) for name in residuals for norm in norms if norm is not None),
+        key=lambda place: place[0].error(residuals[place[1]], inputs),
     )
-    read = middle if reads == "resid_mid" else recorded["resid_pre"]
     after = _norm_map(model, block, "ln2_post", like=raw)
     multiplier = 1.0
     if after is None:
@@ -248,7 +241,7 @@ def _examine(model: Any, layer: int, *weights: Any) -> dict[str, Any]:
         multiplier = 1.0 if abs(multiplier - 1) < 1e-2 else multiplier
     own = _run(model, kind, layer, inputs, multiplier, activation)
     errors = {
-        "the norm before it": before.error(read, inputs),
+        "the norm before it": before.error(residuals[reads], inputs),
         "the norm behind it": after.error(raw, written),
         "its output, run alone,": _difference(own["output"], raw),
         "what it writes, run alone,": _difference(own["written"], written),

@@ -55,9 +55,9 @@ class NormMap:
         zero, one, rolled, equal = norm(_LARGE * probes[None])[0].float().cpu()
         share = (width / (width - width % 2)) ** 0.5  # of a zero among the signs in the mean square
         sign = probes[1:3].float().cpu()
-        weight = torch.where(
-            sign[0] != 0, (one - zero) * sign[0], (rolled - zero) * sign[1]
-        ) / share
+        weight = (
+            torch.where(sign[0] != 0, (one - zero) * sign[0], (rolled - zero) * sign[1]) / share
+        )
         centers = bool((equal - zero).norm() < 0.5 * weight.norm())
         return cls(weight, zero, centers)
 
