@@ -25,11 +25,12 @@ from secondary_sinks.explain.neurons import (
 from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.interventions import Intervention
+from secondary_sinks.intervene.self_test import Method
 from secondary_sinks.models.host import UserHook, describe
 from secondary_sinks.models.mlp import need_neurons, tolerance
 from secondary_sinks.models.text import Text
 from secondary_sinks.questions.attribution_rows import Target
-from secondary_sinks.questions.counterfactuals import CounterfactualRows, Method, counterfactuals
+from secondary_sinks.questions.counterfactuals import CounterfactualRows, counterfactuals
 from secondary_sinks.questions.direct_writes import direct_writes, sink_directions
 from secondary_sinks.questions.given import chosen_sinks, sink_map_of
 from secondary_sinks.questions.mlp_records import MlpRecord, record_mlps
