@@ -93,7 +93,7 @@ def plot_neuron_inputs(
     """What one neuron's pre-activations are made of, a panel for each weight that reads.
 
     Args:
-        found: contributions with inputs.
+        found: contributions with inputs; the 24 largest parts of them are drawn.
         neuron: which; None takes the one that most sinks share.
         panel: width of a panel in inches.
 
@@ -131,7 +131,7 @@ def plot_neuron_inputs(
             _draw_parts(axes, sinks[:, largest], ordinary[:, largest])
             axes.set_label(stage)
             total = sinks.sum(axis=1).mean()
-            axes.set_title(f"{stage}: {total:.3g}")
+            axes.set_title(f"{stage}, sum {total:.3g}")
             axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
             axes.set_xlabel("part of the pre-activation")
         _draw_legend(figure, left, f"neuron {neuron} of MLP {own[0].writer}", len(own))

@@ -27,7 +27,7 @@ def default():
     """A planted model with two sinks, and its map of a text."""
     model = planted_model()
     host = model.load()
-    return model, host, ss.detect_sinks(host, model.tokens(64))
+    return host, ss.detect_sinks(host, model.tokens(64))
 
 
 def test_cosines_are_those_of_the_recorded_stages(tiny, family, tokens_of):
@@ -69,7 +69,7 @@ def test_cosines_are_those_of_the_recorded_stages(tiny, family, tokens_of):
 
 
 def test_the_planted_writer_reads_another_feature_and_writes_the_same_direction():
-    model, host, sinks = default()
+    host, sinks = default()
     found = ss.mlp_stage_alignment(host, sinks, n_controls=6)
     by_stage = found.to_frame().pivot(index="position", columns="stage")
     assert {(s.writer, s.emergence) for s in found.sinks} == {(4, 1)}
@@ -80,7 +80,7 @@ def test_the_planted_writer_reads_another_feature_and_writes_the_same_direction(
 
 
 def test_the_primary_is_like_itself():
-    _, host, sinks = default()
+    host, sinks = default()
     own = ss.mlp_stage_alignment(host, sinks, which=sinks.primary, n_controls=4)
     torch.testing.assert_close(own.cosine, torch.ones_like(own.cosine))
     assert own.sinks[0].writer == own.sinks[0].emergence == 1
@@ -89,7 +89,7 @@ def test_the_primary_is_like_itself():
 
 
 def test_band_table_and_file(tmp_path):
-    _, host, sinks = default()
+    host, sinks = default()
     found = ss.mlp_stage_alignment(host, sinks, n_controls=6, seed=5)
     middle, low, high = found.ordinary_band()
     assert (low <= middle).all()
@@ -104,7 +104,7 @@ def test_band_table_and_file(tmp_path):
 
 
 def test_bad_input():
-    _, host, sinks = default()
+    host, sinks = default()
     with pytest.raises(ss.InputError, match="n_controls is 0"):
         ss.mlp_stage_alignment(host, sinks, n_controls=0)
     with pytest.raises(ss.InputError, match="out of range"):
