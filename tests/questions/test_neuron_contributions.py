@@ -14,7 +14,7 @@ from secondary_sinks.models.planted_weights import NOISE_NEURONS, Layout, Write,
 from secondary_sinks.questions.direct_writes import direct_writes
 from secondary_sinks.questions.neuron_contributions import OnlyNeurons
 
-SEEDS = [0, 3, 10]  # of those with secondary sinks, with and without feeders
+SEEDS = [0, 3]  # with and without feeders
 
 
 def planted_neurons(plan):
