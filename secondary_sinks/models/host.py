@@ -38,14 +38,23 @@ SITE_HOOKS: dict[str, str] = {
     "z": "blocks.{layer}.attn.hook_z",
     "attn_scores": "blocks.{layer}.attn.hook_attn_scores",
     "pattern": "blocks.{layer}.attn.hook_pattern",
+    "mlp_in": "blocks.{layer}.mlp.hook_in",
+    "mlp_raw": "blocks.{layer}.mlp.hook_out",
     "mlp_pre": "blocks.{layer}.mlp.hook_pre",
     "mlp_pre_linear": "blocks.{layer}.mlp.hook_pre_linear",
     "mlp_post": "blocks.{layer}.mlp.hook_post",
 }
 """Hook of every site that each layer has. Without the batch dimension, residual sites and
 `attn_out`, `mlp_out` are [token, d_model]; `q`, `k`, `v`, `z` are [token, head, d_head] (key-value
-heads under grouped-query attention); `attn_scores`, `pattern` are [head, query, key]; `mlp_*` are
-[token, d_mlp] (or [token, d_model] in mixture-of-experts blocks)."""
+heads under grouped-query attention); `attn_scores`, `pattern` are [head, query, key]; `mlp_in`
+(what the MLP reads: after the norm before it, if there is one) and `mlp_raw` (what it gives: before
+the norm behind it, if there is one, where `mlp_out` is after it) are [token, d_model]; `mlp_pre`,
+`mlp_pre_linear`, `mlp_post` are [token, d_mlp] (or [token, d_model] in mixture-of-experts blocks).
+"""
+
+_MODULE_SITES: dict[str, Literal["input", "output"]] = {"mlp_in": "input", "mlp_raw": "output"}
+"""Sites that are the input or the output of the block's MLP module, which are read there in hosts
+that have no such hook (`HookedTransformer`)."""
 
 FINAL_NORM = "final_norm"
 """The one site that belongs to no layer: the final norm's output, [token, d_model], which is what
@@ -203,6 +212,8 @@ def forward(
             hook = hook_of(index, editor)
             if site.name == FINAL_NORM:
                 stack.enter_context(_final_norm_hook(model, hook))
+            elif (module := _module_of(model, site)) is not None:
+                stack.enter_context(_module_hook(module, _MODULE_SITES[site.name], hook))
             else:
                 hooks.append((hook_name(model, site), hook))
         device = _input_device(model)
@@ -233,7 +244,11 @@ def has_site(model: Any, site: Site) -> bool:
     if site.name == FINAL_NORM:
         return isinstance(getattr(model, "ln_final", None), torch.nn.Module)
     template = SITE_HOOKS.get(site.name)
-    return template is not None and template.format(layer=site.layer) in model.hook_dict
+    if template is None:
+        return False
+    return (
+        template.format(layer=site.layer) in model.hook_dict or _module_of(model, site) is not None
+    )
 
 
 def has_hooks(model: Any) -> bool:
@@ -289,6 +304,31 @@ def _final_norm_hook(model: Any, hook: Callable[[Tensor], Tensor | None]) -> Any
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{_name(model)!r} has no final norm (ln_final)")
     return module.register_forward_hook(lambda _module, _inputs, output: hook(output))
+
+
+def _module_of(model: Any, site: Site) -> torch.nn.Module | None:
+    """The module whose input or output a site is, in a host that has no hook for it."""
+    hook = SITE_HOOKS.get(site.name, "").format(layer=site.layer)
+    if site.name not in _MODULE_SITES or site.layer is None or hook in model.hook_dict:
+        return None
+    blocks = getattr(model, "blocks", ())
+    module = getattr(blocks[site.layer], "mlp", None) if site.layer < len(blocks) else None
+    return module if isinstance(module, torch.nn.Module) else None
+
+
+def _module_hook(
+    module: torch.nn.Module,
+    end: Literal["input", "output"],
+    hook: Callable[[Tensor], Tensor | None],
+) -> Any:
+    if end == "output":
+        return module.register_forward_hook(lambda _module, _inputs, output: hook(output))
+
+    def before(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        new = hook(inputs[0])
+        return None if new is None else (new, *inputs[1:])
+
+    return module.register_forward_pre_hook(before)
 
 
 def _cheap_forward_arguments(model: Any, *, logits: bool) -> dict[str, Any]:

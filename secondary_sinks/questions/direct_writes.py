@@ -18,8 +18,21 @@ from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import Trace, trace
 
 
+def sink_directions(clean: CleanRun, chosen: Sequence[Sink]) -> Float[Tensor, "sink d_model"]:
+    """The sink direction of each sink: `(r - c) / |r - c|`, with `r` the primary's residual and `c`
+    the common component after the sink's onset layer."""
+    onsets = [sink.l_start for sink in chosen]
+    centered = clean.primary[onsets] - clean.common[onsets]
+    return torch.nn.functional.normalize(centered, dim=-1)
+
+
 def direct_writes(
-    model: Any, sinks: SinkMap, chosen: Sequence[Sink], *, fwd_hooks: Sequence[UserHook] = ()
+    model: Any,
+    sinks: SinkMap,
+    chosen: Sequence[Sink],
+    *,
+    clean: CleanRun | None = None,
+    fwd_hooks: Sequence[UserHook] = (),
 ) -> DirectWrite:
     """Project every block's output at every sink's token on that sink's direction.
 
@@ -30,9 +43,9 @@ def direct_writes(
     Raises:
         ModelError: they do not.
     """
-    clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks, for_rows=False)
-    onsets = [sink.l_start for sink in chosen]
-    directions = torch.nn.functional.normalize(clean.primary[onsets] - clean.common[onsets], dim=-1)
+    if clean is None:
+        clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks, for_rows=False)
+    directions = sink_directions(clean, chosen)
     collector = _Projections([sink.position for sink in chosen], directions, clean.ordinary)
     tokens = cast(Tensor, sinks.tokens)
     found = cast(Trace, trace(model, tokens, [collector], fwd_hooks=fwd_hooks))["_Projections"]

@@ -1,0 +1,93 @@
+"""The MLP of a `HookedTransformer`'s layer, which has no hook at its own input and output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+import secondary_sinks as ss
+from secondary_sinks.models.host import Site, forward, has_site
+from secondary_sinks.models.mlp import mlp_of, run_mlp
+from secondary_sinks.models.planted import planted_model
+
+SETTINGS = {
+    "n_layers": 3,
+    "d_model": 32,
+    "n_heads": 4,
+    "d_head": 8,
+    "d_mlp": 64,
+    "n_ctx": 32,
+    "d_vocab": 50,
+    "act_fn": "gelu",
+    "normalization_type": "LN",
+    "seed": 3,
+    "initializer_range": 0.4,
+}
+GATED = {"gated_mlp": True, "act_fn": "silu", "normalization_type": "RMS"}
+KINDS = {
+    "plain": {},
+    "parallel": {"parallel_attn_mlp": True},
+    "gated": GATED,
+    "norm after": GATED | {"use_normalization_before_and_after": True},
+    "no norm": {"normalization_type": None},
+    "folded norm": {"normalization_type": "LNPre"},
+}
+TOKENS = torch.arange(3, 23)
+
+
+def hooked(kind):
+    model = HookedTransformer(HookedTransformerConfig(**(SETTINGS | KINDS[kind]))).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 and parameter.shape[0] in (32, 64):
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        if "gated_mlp" in KINDS[kind]:
+            for block in model.blocks:
+                block.mlp.b_in.zero_()  # this host adds it to the product
+    return model
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_run_alone_it_gives_what_it_gave_in_the_model(kind):
+    model, found = hooked(kind), {}
+    names = ("resid_pre", "mlp_in", "mlp_raw", "mlp_pre", "mlp_post", "mlp_out")
+    assert all(has_site(model, Site(name, 1)) for name in names)
+    keep = [
+        (Site(name, 1), lambda value, name=name: found.__setitem__(name, value[0].clone()))
+        for name in names
+    ]
+    forward(model, TOKENS[None], keep)
+    mlp, stages = mlp_of(model, 1), run_mlp(model, 1, found["mlp_in"])
+    first = "gate" if mlp.kind == "gated" else "pre"
+    expected = {first: "mlp_pre", mlp.hidden: "mlp_post", "output": "mlp_raw", "written": "mlp_out"}
+    for stage, site in expected.items():
+        torch.testing.assert_close(stages[stage], found[site], rtol=1e-4, atol=1e-5)
+    assert mlp.has_norm_after == (kind == "norm after")
+    assert (mlp.reads == "resid_pre") == (kind == "parallel")
+
+
+def test_an_edit_of_the_input_is_seen_by_the_mlp():
+    model, found = hooked("gated"), {}
+    edits = [
+        (Site("mlp_in", 1), lambda value: torch.zeros_like(value)),
+        (Site("mlp_out", 1), lambda value: found.__setitem__("out", value)),
+    ]
+    forward(model, TOKENS[None], edits)
+    bias = model.blocks[1].mlp.b_out.detach()
+    torch.testing.assert_close(found["out"][0], bias.expand(20, -1))
+
+
+def test_planted_neurons():
+    planted = planted_model()
+    found = {
+        kind: ss.neuron_contributions(planted.load(kind), planted.tokens(64), n_controls=2)
+        for kind in ("bridge", "hooked")
+    }
+    for one in found.values():
+        assert [sink.neurons for sink in one.sinks] == [(16, 17), (18, 19)]
+        assert (one.to_frame()["ablate_top.lifetime"] == 0).all()
+    torch.testing.assert_close(
+        found["bridge"].contribution, found["hooked"].contribution, rtol=1e-3, atol=1e-2
+    )
