@@ -25,7 +25,7 @@ from secondary_sinks.models.text import Text
 from secondary_sinks.questions.attribution_rows import ControlPlan, Sweep, Target
 from secondary_sinks.questions.counterfactuals import CounterfactualRows, counterfactuals
 from secondary_sinks.questions.direct_writes import direct_writes
-from secondary_sinks.questions.given import sink_map_of
+from secondary_sinks.questions.given import chosen_sinks, sink_map_of
 
 
 def attribute_to_mlps(
@@ -92,7 +92,8 @@ def attribute_to_mlps(
         raise InputError(f"n_controls is {n_controls}; it must be 1 or more")
     found = sink_map_of(model, text, sinks, chat=chat, fwd_hooks=fwd_hooks)
     targets = [
-        Target.of(found, sink, n_controls=n_controls, seed=seed) for sink in _chosen(found, which)
+        Target.of(found, sink, n_controls=n_controls, seed=seed)
+        for sink in chosen_sinks(found, which)
     ]
     n_layers = int(found.model["n_layers"])
     # A tensor goes along with its map, so that a map of other tokens is refused.
@@ -144,32 +145,6 @@ def attribute_to_mlps(
         primary_position=found.primary_position,
         **ablations,  # type: ignore[arg-type]
     )
-
-
-def _chosen(sinks: SinkMap, which: Literal["secondary"] | Sequence[Sink]) -> list[Sink]:
-    if isinstance(which, str):
-        if which != "secondary":
-            raise InputError(f"which={which!r}; use 'secondary' or a sequence of sinks")
-        chosen = sinks.secondary
-        if not chosen:
-            raise InputError(
-                "no secondary sinks in this text, so there is nothing to attribute: see "
-                "detect_sinks(...).margins() for the tokens that came nearest, detect with a lower "
-                "threshold, or pass which=sinks.primary to ask about the primary"
-            )
-        return chosen
-    chosen = list(which)
-    if not chosen:
-        raise InputError("which is empty; pass 'secondary' or some of the map's sinks")
-    strangers = [sink for sink in chosen if not has_sink(sinks, sink)]
-    if strangers:
-        raise InputError(f"{strangers[0]!r} is not a sink of this map")
-    return chosen
-
-
-def has_sink(sinks: SinkMap, sink: Sink) -> bool:
-    """Whether the map holds that life of that token."""
-    return any((s.position, s.layers) == (sink.position, sink.layers) for s in sinks.sinks)
 
 
 def _record(

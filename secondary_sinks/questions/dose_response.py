@@ -20,10 +20,9 @@ from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
 from secondary_sinks.observe.collectors import Norms
 from secondary_sinks.observe.trace import Trace, trace
-from secondary_sinks.questions.attribute_to_mlps import has_sink
 from secondary_sinks.questions.attribution_rows import Target
 from secondary_sinks.questions.counterfactuals import CounterfactualRows, counterfactuals
-from secondary_sinks.questions.given import sink_map_of
+from secondary_sinks.questions.given import has_sink, sink_map_of
 
 if TYPE_CHECKING:
     pass

@@ -1,15 +1,15 @@
-"""The sink map that a question about a text begins with: the one that was given, or a new one."""
+"""What a question about a text begins with: its sink map, given or new, and the sinks meant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.explain.sinks import SinkMap
+from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.models.host import UserHook, describe
 from secondary_sinks.models.text import Text, is_many
 from secondary_sinks.questions.detect_sinks import detect_sinks
@@ -51,3 +51,34 @@ def sink_map_of(
     if isinstance(text, Tensor) and not torch.equal(text.reshape(-1).cpu().long(), sinks.tokens):
         raise InputError("the sink map is of other tokens than the text")
     return sinks
+
+
+def chosen_sinks(sinks: SinkMap, which: Literal["secondary"] | Sequence[Sink]) -> list[Sink]:
+    """The sinks that a question is about.
+
+    Raises:
+        InputError: the map holds no secondary sinks, or not those that were named.
+    """
+    if isinstance(which, str):
+        if which != "secondary":
+            raise InputError(f"which={which!r}; use 'secondary' or a sequence of sinks")
+        chosen = sinks.secondary
+        if not chosen:
+            raise InputError(
+                "no secondary sinks in this text, so there is nothing to ask about: see "
+                "detect_sinks(...).margins() for the tokens that came nearest, detect with a lower "
+                "threshold, or pass which=sinks.primary to ask about the primary"
+            )
+        return chosen
+    chosen = list(which)
+    if not chosen:
+        raise InputError("which is empty; pass 'secondary' or some of the map's sinks")
+    strangers = [sink for sink in chosen if not has_sink(sinks, sink)]
+    if strangers:
+        raise InputError(f"{strangers[0]!r} is not a sink of this map")
+    return chosen
+
+
+def has_sink(sinks: SinkMap, sink: Sink) -> bool:
+    """Whether the map holds that life of that token."""
+    return any((s.position, s.layers) == (sink.position, sink.layers) for s in sinks.sinks)
