@@ -36,6 +36,10 @@ SITE_HOOKS: dict[str, str] = {
     "k": "blocks.{layer}.attn.hook_k",
     "v": "blocks.{layer}.attn.hook_v",
     "z": "blocks.{layer}.attn.hook_z",
+    "rot_q": "blocks.{layer}.attn.hook_rot_q",
+    "rot_k": "blocks.{layer}.attn.hook_rot_k",
+    "rotary_cos": "blocks.{layer}.attn.hook_cos",
+    "rotary_sin": "blocks.{layer}.attn.hook_sin",
     "attn_scores": "blocks.{layer}.attn.hook_attn_scores",
     "pattern": "blocks.{layer}.attn.hook_pattern",
     "mlp_pre": "blocks.{layer}.mlp.hook_pre",
@@ -44,8 +48,10 @@ SITE_HOOKS: dict[str, str] = {
 }
 """Hook of every site that each layer has. Without the batch dimension, residual sites and
 `attn_out`, `mlp_out` are [token, d_model]; `q`, `k`, `v`, `z` are [token, head, d_head] (key-value
-heads under grouped-query attention); `attn_scores`, `pattern` are [head, query, key]; `mlp_*` are
-[token, d_mlp] (or [token, d_model] in mixture-of-experts blocks)."""
+heads under grouped-query attention), and so are `rot_q`, `rot_k`, the queries and keys after the
+rotary embedding, which not every model with one shows; `rotary_cos`, `rotary_sin` are [token,
+rotated dimension]; `attn_scores`, `pattern` are [head, query, key]; `mlp_*` are [token, d_mlp] (or
+[token, d_model] in mixture-of-experts blocks)."""
 
 FINAL_NORM = "final_norm"
 """The one site that belongs to no layer: the final norm's output, [token, d_model], which is what
@@ -228,6 +234,33 @@ def forward(
     return out if logits else None
 
 
+def fired(
+    model: Any, tokens: Int[Tensor, "batch token"], sites: Sequence[Site]
+) -> dict[Site, Tensor]:
+    """What passes those of the sites that exist in `model` and whose hook fires exactly once.
+
+    For asking a model what it shows, on a few tokens; to measure, use `observe`, which refuses
+    what this leaves out.
+    """
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites if has_site(model, site)}
+
+    def keeper(site: Site) -> Callable[..., None]:
+        def keep(activation: Tensor, hook: Any = None) -> None:
+            seen[site].append(activation.detach())
+
+        return keep
+
+    hooks = [(_hook_name(model, site), keeper(site)) for site in seen]
+    with torch.no_grad():
+        model.run_with_hooks(
+            tokens.to(_input_device(model)),
+            fwd_hooks=hooks,
+            return_type=None,
+            **_cheap_forward_arguments(model, logits=False),
+        )
+    return {site: found[0] for site, found in seen.items() if len(found) == 1}
+
+
 def has_site(model: Any, site: Site) -> bool:
     """Whether `model` has a hook for `site`."""
     if site.name == FINAL_NORM:
@@ -386,6 +419,7 @@ __all__ = [
     "Observer",
     "Site",
     "describe",
+    "fired",
     "has_hooks",
     "has_site",
     "layer_sites",

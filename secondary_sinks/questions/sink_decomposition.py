@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.attribution import DirectWrite
@@ -25,9 +26,13 @@ from secondary_sinks.explain.erasers import (
     rank,
 )
 from secondary_sinks.explain.sinks import Sink, SinkMap
+from secondary_sinks.intervene.chunks import MAX_BEGINNINGS, run_rows
 from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.edits import Scale, Zero
+from secondary_sinks.intervene.full import run_full
 from secondary_sinks.intervene.interventions import EditSite, Intervention, Row
+from secondary_sinks.intervene.rows import RowStates
+from secondary_sinks.intervene.self_test import Engine, Method, choose_engine
 from secondary_sinks.models.attention_weights import (
     OutputWeights,
     check_head_sum,
@@ -37,7 +42,6 @@ from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import Trace, trace
-from secondary_sinks.questions.counterfactuals import Method, run_rows
 from secondary_sinks.questions.direct_writes import Projections, checked_write, sink_directions
 from secondary_sinks.questions.given import chosen_sinks, sink_map_of
 
@@ -99,7 +103,8 @@ def sink_decomposition(
     chosen = chosen_sinks(found, which)
     n_layers = int(found.model["n_layers"])
     layers = [_direction_layer(direction, sink, n_layers) for sink in chosen]
-    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks)
+    begin_at = sorted({sink.l_start for sink in chosen} - {0})[:MAX_BEGINNINGS]
+    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks, begin_at=begin_at)
     directions = sink_directions(clean, layers)
     write, primary, heads = _writes(model, clean, chosen, directions, fwd_hooks)
     tests = [
@@ -109,14 +114,12 @@ def sink_decomposition(
     for group in _groups([test for test in tests if test.rows]):
         kept = group[0].kept(clean)
         rows = [row for test in group for row in test.rows]
-        run = run_rows(model, kept, rows, method=method, progress=progress, fwd_hooks=fwd_hooks)
-        engine = run.engine
-        length = run.states.centered_norm * run.states.centered_alignment
+        positions = [row[0].position for row in rows]
+        engine, _ = choose_engine(model, clean, method, positions, fwd_hooks)
+        states = _run(engine, model, kept, rows, fwd_hooks, progress)
+        length = states.centered_norm * states.centered_alignment
         is_sink = kept.judge(
-            run.states.centered_alignment,
-            run.states.centered_norm,
-            run.states.direct_score,
-            [row[0].position for row in rows],
+            states.centered_alignment, states.centered_norm, states.direct_score, positions
         )
         first = 0
         for test in group:
@@ -140,6 +143,22 @@ def sink_decomposition(
         model=found.model,
         primary_position=found.primary_position,
     )
+
+
+def _run(
+    engine: Engine,
+    model: Any,
+    clean: CleanRun,
+    rows: Sequence[Row],
+    fwd_hooks: Sequence[UserHook],
+    progress: bool | None,
+) -> RowStates:
+    if engine != "full":
+        return run_rows(engine, model, clean, rows, fwd_hooks=fwd_hooks, progress=progress)
+    show = len(rows) > 1 if progress is None else progress
+    bar = tqdm(rows, desc="full passes", disable=not show)
+    states, _ = run_full(model, clean, bar, fwd_hooks=fwd_hooks, totals=False)
+    return states
 
 
 def _direction_layer(direction: str | int, sink: Sink, n_layers: int) -> int:
@@ -284,8 +303,14 @@ class _Test:
         primary[last + 1 :] = clean.common[last + 1 :] + clean.primary[last] - clean.common[last]
         start, _ = cast(tuple[int, int], self.phase)
         phases = ((start, len(primary)),)
-        sinks = dataclasses.replace(clean.sinks, phases=phases)
-        return dataclasses.replace(clean, primary=primary, sinks=sinks)
+        # A pass that begins later would take what was measured against the primary before it.
+        before = {x: r for x, r in clean.residual_before.items() if x <= last + 1}
+        return dataclasses.replace(
+            clean,
+            primary=primary,
+            sinks=dataclasses.replace(clean.sinks, phases=phases),
+            residual_before=before,
+        )
 
     def take(self, is_sink: Bool[Tensor, "row layer"], length: Float[Tensor, "row layer"]) -> None:
         """Read what became of the rows."""

@@ -110,9 +110,7 @@ def test_parts_add_up_in_every_family(make_tiny, family, tokens_of):
     _, cache = model.run_with_cache(tokens[None])
     residual = cache["resid_post", 1][0]
     common = residual[ordinary_tokens(residual)].mean(dim=0)
-    direction = torch.nn.functional.normalize(
-        residual[sinks.primary_position] - common, dim=0
-    )
+    direction = torch.nn.functional.normalize(residual[sinks.primary_position] - common, dim=0)
     weights = output_weights(model, 2)
     if torch.equal(weights.gain, torch.ones_like(weights.gain)):
 
