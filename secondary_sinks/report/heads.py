@@ -117,7 +117,14 @@ def _bars(
         if not heads:
             continue
         axes.text(
-            0, row, f"to the {kind}", color=COLORS[kind], fontsize=SMALL, ha="center", va="center"
+            1,
+            row,
+            f"to the {kind}",
+            color=COLORS[kind],
+            fontsize=SMALL,
+            ha="right",
+            va="center",
+            transform=axes.get_yaxis_transform(),
         )
         row += 1
         beyond = {
