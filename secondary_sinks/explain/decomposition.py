@@ -122,6 +122,7 @@ class SinkDecomposition(Result):
                     "onset": sink.onset,
                     "last_layer": sink.last_layer,
                     "eraser": verdict.eraser,
+                    "co_erasers": verdict.co_erasers,
                     "candidate": verdict.candidate,
                     "share": verdict.share,
                     "runner_up": verdict.runner_up,

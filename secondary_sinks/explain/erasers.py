@@ -3,14 +3,15 @@
 A sink ends when the length along the sink direction that somebody wrote into its token's residual
 is gone, or small. Two tests ask who did it:
 
-* **taken off**: the blocks after the sink's last layer, each with what it writes *against* the
-  sink direction beyond what ordinary tokens get. The parts add up to the residual's own, so nothing
-  is left out. The one that takes most is the *candidate*;
+* **taken off**: the blocks after the sink's last layer, up to the one after which little is left,
+  each with what it writes *against* the sink direction beyond what ordinary tokens get. The parts
+  add up to the residual's own, so nothing is left out. The one that takes most is the *candidate*;
 * **necessity**: with the candidate's output at the token zeroed, the token is a sink for longer.
 
 "For longer" is asked along the direction that the primary has after the sink's last layer, kept
 from there on: many erasers take the primary's length off as well, and past that nothing could be
-aligned with it. A candidate that passes both is the *eraser*.
+aligned with it. A candidate that passes both is the *eraser*; others without which the sink lives
+longer too, and that take at least half as much, are *co-erasers*.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from secondary_sinks.explain.statistics import percentile_among
 
 MIN_TAKEN = 0.25
 """An eraser takes at least this share of the length that the sink has after its last layer."""
+GONE = 0.25
+"""At most this share of that length is left when the sink's erasure is over. What later blocks do
+to the direction, such as a second primary phase, is no part of it."""
+CO_ERASER = 0.5
+"""A co-eraser takes at least this share of what the eraser does."""
 MAIN_HEAD = 0.5
 """A head is named in the place of its attention block if it takes at least this share of what the
 block does."""
@@ -85,6 +91,7 @@ class EraserVerdict:
     share: float
     """What the candidate takes, over the length after the sink's last layer. Above 1 it takes more
     than there is; both beyond ordinary tokens."""
+    co_erasers: tuple[str, ...]
     runner_up: str
     runner_up_share: float
     primary_share: float
@@ -100,27 +107,32 @@ class EraserVerdict:
     left_without: float
     """The same with the candidate's output zeroed."""
     percentile: float
-    """Percent of the controls (every other MLP and attention block between the onset and the
-    candidate) that leave less than the candidate does when they are zeroed."""
+    """Percent of the controls (every other MLP and attention block from the onset to the end of the
+    erasure) that leave less than the candidate does when they are zeroed."""
 
 
 def rank(
     mlp: Float[Tensor, "layer"],
     attention: Float[Tensor, "layer"],
+    projection: Float[Tensor, "layer"],
     last_layer: int,
 ) -> list[Taken]:
-    """The blocks after `last_layer`, those that take most first.
+    """The blocks after `last_layer`, up to the layer after which `GONE` or less of the sink's
+    length is left (all of them if there is none), those that take most first.
 
     Args:
         mlp: what each MLP writes along the sink direction, beyond what ordinary tokens get.
         attention: the same of each attention block.
+        projection: of the residual after each block, beyond that of ordinary tokens.
         last_layer: of the sink's life.
     """
+    gone = (projection[last_layer + 1 :] <= GONE * projection[last_layer]).nonzero().flatten()
+    end = last_layer + 2 + int(gone[0]) if len(gone) else len(projection)
     kinds: tuple[tuple[BlockKind, Tensor], ...] = (("attention", attention), ("mlp", mlp))
     taken = [
         Taken(Block(kind, layer), -float(written[layer]))
         for kind, written in kinds
-        for layer in range(last_layer + 1, len(written))
+        for layer in range(last_layer + 1, end)
     ]
     return sorted(taken, key=lambda one: -one.length)
 
@@ -147,7 +159,7 @@ def leading_life(is_sink: Bool[Tensor, "layer"], onset: int) -> int:
 
 def judge(
     candidate: Taken,
-    runner_up: Taken | None,
+    others: Sequence[Taken],
     *,
     whole: float,
     primary_share: float,
@@ -158,11 +170,12 @@ def judge(
     """Name the eraser of one sink.
 
     The *eraser* is the block after the sink's last layer that takes the largest part off along the
-    sink direction, at least `MIN_TAKEN` of it, if the sink lives longer without it.
+    sink direction, at least `MIN_TAKEN` of it, if the sink lives longer without it. *Co-erasers*
+    pass that test too and take at least `CO_ERASER` of what the eraser does.
 
     Args:
         candidate: the first of `rank`, or its main head.
-        runner_up: the second.
+        others: the rest of `rank`.
         whole: length along the sink direction after the last layer, beyond ordinary tokens.
         primary_share: what the candidate takes off the primary along the same direction.
         removed: the sink's rows; empty if nothing was tested.
@@ -185,13 +198,22 @@ def judge(
             else f"{name} takes most, but without it the sink lives {own.lifetime} layers, not "
             f"longer than {lifetime}"
         )
-    others = [one.left for one in removed if one.role == "control"]
+    controls = [one.left for one in removed if one.role == "control"]
+    outlived = {one.block for one in removed if one.lifetime > lifetime}
+    runner_up = others[0] if others else None
     return EraserVerdict(
         eraser=None if reasons else name,
         candidate=name,
         candidate_layer=candidate.block.layer,
         reason="; ".join(reasons),
         share=candidate.length / whole,
+        co_erasers=tuple(
+            str(one.block)
+            for one in others
+            if one.length >= CO_ERASER * candidate.length
+            and str(one.block) in outlived
+            and not reasons
+        ),
         runner_up=str(runner_up.block) if runner_up else "",
         runner_up_share=runner_up.length / whole if runner_up else math.nan,
         primary_share=primary_share,
@@ -199,7 +221,7 @@ def judge(
         lifetime_without=own.lifetime if own else -1,
         left=left,
         left_without=own.left if own else math.nan,
-        percentile=percentile_among(own.left, others) if own else math.nan,
+        percentile=percentile_among(own.left, controls) if own else math.nan,
     )
 
 
@@ -211,6 +233,7 @@ def no_eraser() -> EraserVerdict:
         candidate_layer=-1,
         reason="the sink lives to the last layer, so nothing ends it",
         share=math.nan,
+        co_erasers=(),
         runner_up="",
         runner_up_share=math.nan,
         primary_share=math.nan,

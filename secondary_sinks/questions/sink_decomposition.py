@@ -72,8 +72,8 @@ def sink_decomposition(
     The *eraser* of a sink is the block after its last layer that takes most off along the
     direction, beyond what ordinary tokens lose, if the token is a sink for longer when that block's
     output there is zeroed (`explain.erasers`). The controls are all other MLPs and attention blocks
-    between the onset and the candidate. A sink for which the tests disagree has `eraser=None` and
-    a `reason`, as has one that lives to the last layer.
+    from the onset to the layer after which little of the sink is left. A sink for which the tests
+    disagree has `eraser=None` and a `reason`, as has one that lives to the last layer.
 
     What it is not evidence for: a large part is a write, not a cause of whatever happens later; and
     an eraser ends the sink at this token, which does not make ending sinks its purpose.
@@ -265,7 +265,12 @@ class _Test:
         run: bool,
     ):
         self.sink, self.index = sink, index
-        self.ranking = rank(write.excess[index], write.attention_excess[index], sink.layers[-1])
+        self.ranking = rank(
+            write.excess[index],
+            write.attention_excess[index],
+            write.excess_projection[index],
+            sink.layers[-1],
+        )
         self.phase = next((p for p in sinks.phases if p[0] <= sink.l_start < p[1]), None)
         self.candidates = self.ranking[:1]
         if self.ranking and self.ranking[0].block.kind == "attention":
@@ -282,7 +287,7 @@ class _Test:
             self._plan()
 
     def _plan(self) -> None:
-        last = self.candidates[0].block.layer
+        last = max(one.block.layer for one in self.ranking)
         self._blocks += [
             block
             for layer in range(self.sink.l_start + 1, last + 1)
@@ -336,7 +341,7 @@ class _Test:
         found = [
             judge(
                 candidate,
-                self.ranking[1] if len(self.ranking) > 1 else None,
+                self.ranking[1:],
                 whole=float(write.excess_projection[self.index, last]),
                 primary_share=_primary_share(primary, self.index, candidate.block, last),
                 removed=self.removed,

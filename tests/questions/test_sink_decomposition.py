@@ -171,17 +171,10 @@ def test_a_head_that_ends_sinks_is_named():
     )
     host, tokens = model.load(), model.tokens(48)
     where = [s.position for s in model.truth(tokens).sinks]
-    write = torch.linalg.lstsq(
-        output_weights(host, 5).weight[1].T, (-100 * model.sink_direction)[:, None]
-    )
-    pushed = write.solution[:, 0]
-    reached = pushed @ output_weights(host, 5).weight[1]
-    if torch.cosine_similarity(reached, -model.sink_direction, dim=0) < 0.9:
-        with torch.no_grad():  # give the head an output along the direction
-            inner = host.blocks[5].attn.o.original_component.weight
-            width = pushed.shape[0]
-            inner[:, width] = -model.sink_direction
-        pushed = torch.nn.functional.one_hot(torch.tensor(0), width).float() * 100
+    with torch.no_grad():  # dimension 0 of head 1 writes against the sink direction
+        width = output_weights(host, 5).weight.shape[1]
+        host.blocks[5].attn.o.original_component.weight[:, width] = -model.sink_direction
+    pushed = 100 * torch.nn.functional.one_hot(torch.tensor(0), width).float()
 
     def erase(z, hook):
         # Rows of the intervention engine repeat the sink's token behind the text.
@@ -212,7 +205,7 @@ def test_save_load_tables_and_repr(tmp_path):
     assert list(found.to_frame().eraser) == [s.eraser for s in found.sinks]
     roles = found.removed_frame().groupby("sink").role.value_counts().unstack()
     assert (roles.candidate == 1).all()
-    # Every other MLP and attention block from the onset to the candidate.
+    # Every other MLP and attention block from the onset to the end of the erasure.
     spans = [2 * (s.verdict.candidate_layer - s.onset) - 1 for s in found.sinks]
     assert roles.control.tolist() == spans
     assert "mlp" in found._repr_html_()
@@ -226,6 +219,25 @@ def test_bad_input():
     stranger = dataclasses.replace(sinks.secondary[0], position=50)
     with pytest.raises(ss.InputError, match="not a sink of this map"):
         ss.sink_decomposition(host, sinks, which=[stranger])
+
+
+def test_smollm_erases_its_phases_one_after_the_other(smollm):
+    """MLP 9 ends the first phase of the primary; MLP 10 what is left of the sinks of that phase."""
+    text = (
+        "In the north of the island there is a village where the road ends. The people of the "
+        "village say that the road was never meant to end there; the engineer died, the money was "
+        "spent, and the sea took the last bridge in the winter of the great storm."
+    )
+    sinks = ss.detect_sinks(smollm, text)
+    strongest = max(sinks.secondary, key=lambda sink: sink.sink_score)
+    which = [sinks.primary[0], strongest]
+    found = ss.sink_decomposition(smollm, sinks, which=which, progress=False)
+    primary, secondary = found.sinks
+    assert primary.eraser == "mlp 9"
+    assert primary.verdict.share == pytest.approx(1, abs=0.1)
+    assert secondary.eraser == "mlp 10"
+    assert secondary.verdict.runner_up == "mlp 9"
+    assert secondary.verdict.share + secondary.verdict.runner_up_share > 0.9
 
 
 def test_qwen(qwen):
