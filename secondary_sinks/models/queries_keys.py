@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.models.host import Site, describe, fired
@@ -140,7 +140,8 @@ def _find_plan(model: Any) -> QueryKeyPlan:
     sites = [Site(name, layer) for name in names for layer in range(info.n_layers)]
     with hooks_aside(model):
         seen = fired(model, tokens, sites)
-    allowed = max(1e-3, 8 * max(torch.finfo(value.dtype).eps for value in seen.values()))
+    eps = max(torch.finfo(value.dtype).eps for value in seen.values())
+    allowed = max(1e-3, 8 * eps)
     # Hidden keys have the most negative number of the model's own precision, or minus infinity.
     for site, value in seen.items():
         if site.name == "attn_scores":
@@ -154,18 +155,17 @@ def _find_plan(model: Any) -> QueryKeyPlan:
     ways: list[tuple[Rotation, Pairing]] = [("read", ""), ("none", "")]
     ways += [("made", pairing) for pairing in PAIRINGS]
     for rotation, pairing in ways:
-        # Where logits are small a cap changes little, and both fit: the better one is meant.
-        tried = {
-            one: [_fit(layer, rotation, pairing, one) for layer in layers] for one in {0.0, cap}
-        }
-        one = min(tried, key=lambda one: max(error for _, error in tried[one]))
-        if any(error > allowed for _, error in tried[one]):
-            continue
-        scale = tuple(factor for factor, _ in tried[one])
-        normed = False
-        if rotation == "read":
-            pairing, normed = _before_rotation(layers, 10 * allowed)
-        return QueryKeyPlan(rotation, pairing, normed, scale, one)
+        # A cap that the model declares comes first: where logits are small it changes little, and
+        # both would fit.
+        for one in dict.fromkeys((cap, 0.0)):
+            fits = [_fit(layer, rotation, pairing, one) for layer in layers]
+            if any(not error <= allowed for _, error in fits):
+                continue
+            scale = tuple(factor for factor, _ in fits)
+            normed = False
+            if rotation == "read":
+                pairing, normed = _before_rotation(layers, max(1e-2, 4 * eps))
+            return QueryKeyPlan(rotation, pairing, normed, scale, one)
     return QueryKeyPlan("unknown", "", False, (), 0.0)
 
 
@@ -230,7 +230,7 @@ def _before_rotation(layers: list[dict[str, Tensor]], allowed: float) -> tuple[P
         pairs = [pair for layer in undone for pair in layer]
         if all(_relative(made, shown) <= allowed for shown, made in pairs):
             return pairing, False
-        if all(_is_norm_of(made, shown) for shown, made in pairs):
+        if all(_is_norm_of(made, shown, allowed) for shown, made in pairs):
             return pairing, True
     kept = plain and all(
         _relative(seen[f"rot_{name}"].norm(dim=-1), seen[name].norm(dim=-1)) <= allowed
@@ -248,13 +248,21 @@ def _relative(made: Tensor, shown: Tensor) -> float:
     return float((made - shown).abs().max() / shown.abs().max().clamp_min(1e-30))
 
 
-def _is_norm_of(made: Float[Tensor, "token head d_head"], shown: Tensor) -> Bool[Tensor, ""] | bool:
+def _is_norm_of(
+    made: Float[Tensor, "token head d_head"],
+    shown: Float[Tensor, "token head d_head"],
+    allowed: float,
+) -> bool:
     """Whether each head is the shown one times a number for each token and one for each dimension:
     what a root-mean-square norm does, and no rotation that was undone wrongly."""
-    ratio = (made * shown / shown.square().clamp_min(1e-12)).permute(1, 0, 2)
-    u, s, v = torch.linalg.svd(ratio, full_matrices=False)
-    rank_one = (u[:, :, :1] * s[:, None, :1] @ v[:, :1]).permute(1, 0, 2)
-    return _relative(rank_one * shown, made) <= 2e-2
+    by_token = torch.ones_like(shown[..., :1])
+    by_dimension = torch.ones_like(shown[:1])
+    for _ in range(30):  # alternating least squares, in which large entries weigh more
+        scaled = shown * by_dimension
+        by_token = (made * scaled).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True)
+        scaled = shown * by_token
+        by_dimension = (made * scaled).sum(0, keepdim=True) / scaled.square().sum(0, keepdim=True)
+    return _relative(shown * by_token * by_dimension, made) <= allowed
 
 
 __all__ = [
