@@ -36,8 +36,9 @@ def run(bench: Bench) -> Outcome:
         f"{len(found.is_sink) - n_sinks} ordinary tokens: component {best.component:.0f} "
         f"separates them best (area {best.separation:.2f}, {best.variance_ratio:.0%} of the "
         f"variance); at the sinks' projection the MLP's answer to it alone has a cosine of "
-        f"{best.cosine_at_sinks:.2f} with the sink direction and a norm of {best.norm_at_sinks:.1f}. The answer most along "
-        f"that direction is to component {strongest.component:.0f} "
+        f"{best.cosine_at_sinks:.2f} with the sink direction and a norm of "
+        f"{best.norm_at_sinks:.1f}. The answer most along that direction is to component "
+        f"{strongest.component:.0f} "
         f"({strongest.cosine_at_sinks:.2f}, norm {strongest.norm_at_sinks:.1f})."
     )
     return Outcome(

@@ -74,6 +74,8 @@ class DirectWrite:
     """Of the residual after each block."""
     ordinary_mlp: Float[Tensor, "sink layer"]
     """Mean over ordinary tokens of what the MLP writes along the same direction."""
+    ordinary_attention: Float[Tensor, "sink layer"]
+    """The same of what the attention writes."""
     ordinary_projection: Float[Tensor, "sink layer"]
     """Mean over ordinary tokens of the residual's projection."""
     error: float
@@ -83,6 +85,11 @@ class DirectWrite:
     def excess(self) -> Float[Tensor, "sink layer"]:
         """What each MLP writes beyond what ordinary tokens get."""
         return self.mlp - self.ordinary_mlp
+
+    @property
+    def attention_excess(self) -> Float[Tensor, "sink layer"]:
+        """What each attention block writes beyond what ordinary tokens get."""
+        return self.attention - self.ordinary_attention
 
     @property
     def excess_projection(self) -> Float[Tensor, "sink layer"]:
@@ -228,13 +235,3 @@ class MlpAttribution(Result):
             for entry in dataclasses.fields(part)
             if isinstance(value := getattr(part, entry.name), Tensor)
         }
-
-
-def _sink_from(entry: dict[str, Any]) -> SinkAttribution:
-    verdict, comparison = entry["verdict"], entry["comparison"]
-    for name in ("feeders", "co_writers"):
-        verdict[name] = tuple(verdict[name])
-    comparison["transplant_interval"] = tuple(comparison["transplant_interval"])
-    entry["attention_feeders"] = tuple(entry["attention_feeders"])
-    parts = {"verdict": Verdict(**verdict), "comparison": Comparison(**comparison)}
-    return SinkAttribution(**(entry | parts))

@@ -36,6 +36,10 @@ SITE_HOOKS: dict[str, str] = {
     "k": "blocks.{layer}.attn.hook_k",
     "v": "blocks.{layer}.attn.hook_v",
     "z": "blocks.{layer}.attn.hook_z",
+    "rot_q": "blocks.{layer}.attn.hook_rot_q",
+    "rot_k": "blocks.{layer}.attn.hook_rot_k",
+    "rotary_cos": "blocks.{layer}.attn.hook_cos",
+    "rotary_sin": "blocks.{layer}.attn.hook_sin",
     "attn_scores": "blocks.{layer}.attn.hook_attn_scores",
     "pattern": "blocks.{layer}.attn.hook_pattern",
     "mlp_in": "blocks.{layer}.mlp.hook_in",
@@ -46,11 +50,12 @@ SITE_HOOKS: dict[str, str] = {
 }
 """Hook of every site that each layer has. Without the batch dimension, residual sites and
 `attn_out`, `mlp_out` are [token, d_model]; `q`, `k`, `v`, `z` are [token, head, d_head] (key-value
-heads under grouped-query attention); `attn_scores`, `pattern` are [head, query, key]; `mlp_in`
-(what the MLP reads: after the norm before it, if there is one) and `mlp_raw` (what it gives: before
-the norm behind it, if there is one, where `mlp_out` is after it) are [token, d_model]; `mlp_pre`,
-`mlp_pre_linear`, `mlp_post` are [token, d_mlp] (or [token, d_model] in mixture-of-experts blocks).
-"""
+heads under grouped-query attention), and so are `rot_q`, `rot_k`, the queries and keys after the
+rotary embedding, which not every model with one shows; `rotary_cos`, `rotary_sin` are [token,
+rotated dimension]; `attn_scores`, `pattern` are [head, query, key]; `mlp_in` (what the MLP reads:
+after the norm before it, if there is one) and `mlp_raw` (what it gives: before the norm behind it,
+if there is one, where `mlp_out` is after it) are [token, d_model]; `mlp_pre`, `mlp_pre_linear`,
+`mlp_post` are [token, d_mlp] (or [token, d_model] in mixture-of-experts blocks)."""
 
 _MODULE_SITES: dict[str, Literal["input", "output"]] = {"mlp_in": "input", "mlp_raw": "output"}
 """Sites that are the input or the output of the block's MLP module, which are read there in hosts
@@ -237,6 +242,33 @@ def forward(
             "trusted; this architecture cannot be measured at that site"
         )
     return out if logits else None
+
+
+def fired(
+    model: Any, tokens: Int[Tensor, "batch token"], sites: Sequence[Site]
+) -> dict[Site, Tensor]:
+    """What passes those of the sites that exist in `model` and whose hook fires exactly once.
+
+    For asking a model what it shows, on a few tokens; to measure, use `observe`, which refuses
+    what this leaves out.
+    """
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites if has_site(model, site)}
+
+    def keeper(site: Site) -> Callable[..., None]:
+        def keep(activation: Tensor, hook: Any = None) -> None:
+            seen[site].append(activation.detach())
+
+        return keep
+
+    hooks = [(_hook_name(model, site), keeper(site)) for site in seen]
+    with torch.no_grad():
+        model.run_with_hooks(
+            tokens.to(_input_device(model)),
+            fwd_hooks=hooks,
+            return_type=None,
+            **_cheap_forward_arguments(model, logits=False),
+        )
+    return {site: found[0] for site, found in seen.items() if len(found) == 1}
 
 
 def has_site(model: Any, site: Site) -> bool:
@@ -426,6 +458,7 @@ __all__ = [
     "Observer",
     "Site",
     "describe",
+    "fired",
     "has_hooks",
     "has_site",
     "layer_sites",

@@ -18,14 +18,6 @@ from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import Trace, trace
 
 
-def sink_directions(clean: CleanRun, chosen: Sequence[Sink]) -> Float[Tensor, "sink d_model"]:
-    """The sink direction of each sink: `(r - c) / |r - c|`, with `r` the primary's residual and `c`
-    the common component after the sink's onset layer."""
-    onsets = [sink.l_start for sink in chosen]
-    centered = clean.primary[onsets] - clean.common[onsets]
-    return torch.nn.functional.normalize(centered, dim=-1)
-
-
 def direct_writes(
     model: Any,
     sinks: SinkMap,
@@ -45,10 +37,28 @@ def direct_writes(
     """
     if clean is None:
         clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks, for_rows=False)
-    directions = sink_directions(clean, chosen)
-    collector = _Projections([sink.position for sink in chosen], directions, clean.ordinary)
+    directions = sink_directions(clean, [sink.l_start for sink in chosen])
+    collector = Projections([sink.position for sink in chosen], directions, clean.ordinary)
     tokens = cast(Tensor, sinks.tokens)
-    found = cast(Trace, trace(model, tokens, [collector], fwd_hooks=fwd_hooks))["_Projections"]
+    found = cast(Trace, trace(model, tokens, [collector], fwd_hooks=fwd_hooks))
+    return checked_write(model, found["Projections"])
+
+
+def sink_directions(clean: CleanRun, layers: Sequence[int]) -> Float[Tensor, "layer d_model"]:
+    """The sink direction after each of these layers: `(r - c) / |r - c|`, with `r` the primary's
+    residual and `c` the common component."""
+    index = list(layers)
+    return torch.nn.functional.normalize(clean.primary[index] - clean.common[index], dim=-1)
+
+
+def checked_write(
+    model: Any, found: tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float]
+) -> DirectWrite:
+    """What `Projections` found, once it is seen that the parts add up.
+
+    Raises:
+        ModelError: they do not.
+    """
     parts, ordinary, norm, eps = found
     embedding = parts["resid_pre"][:, 0]
     summed = embedding[:, None] + (parts["mlp_out"] + parts["attn_out"]).cumsum(dim=1)
@@ -69,12 +79,13 @@ def direct_writes(
         attention=parts["attn_out"],
         projection=parts["resid_post"],
         ordinary_mlp=ordinary["mlp_out"],
+        ordinary_attention=ordinary["attn_out"],
         ordinary_projection=ordinary["resid_post"],
         error=error,
     )
 
 
-class _Projections(Collector):
+class Projections(Collector):
     """Projections of what a few tokens get, and of what ordinary tokens get on average."""
 
     sites = ("resid_pre", "attn_out", "mlp_out", "resid_post")
@@ -90,6 +101,7 @@ class _Projections(Collector):
         self._ordinary = ordinary
 
     def start(self, run: Run) -> None:
+        """Prepare for one text."""
         shape = (len(self._positions), run.n_layers)
         self._parts = {site: torch.zeros(shape) for site in self.sites}
         self._means = {site: torch.zeros(shape) for site in self.sites}
@@ -97,14 +109,15 @@ class _Projections(Collector):
         self._eps = 0.0
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
+        """Project one layer's activation."""
         own = activation[self._positions].float().cpu()
         self._parts[site][:, layer] = (own * self._directions).sum(dim=-1)
-        if site in ("mlp_out", "resid_post"):
-            mean = activation[self._ordinary.to(activation.device)].float().mean(dim=0).cpu()
-            self._means[site][:, layer] = self._directions @ mean
+        mean = activation[self._ordinary.to(activation.device)].float().mean(dim=0).cpu()
+        self._means[site][:, layer] = self._directions @ mean
         if site == "resid_post":
             self._norm[:, layer] = own.norm(dim=-1)
             self._eps = max(self._eps, torch.finfo(activation.dtype).eps)
 
     def result(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float]:
+        """Parts, means of ordinary tokens, residual norms, and the precision of the model."""
         return self._parts, self._means, self._norm, self._eps

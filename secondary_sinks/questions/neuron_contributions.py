@@ -117,9 +117,10 @@ def neuron_contributions(
         need_neurons(model, layer)
         wanted[layer] += [target.sink.position, *target.matched]
     records = record_mlps(model, found, wanted, parts=n_inputs > 0, fwd_hooks=fwd_hooks)
+    directions = sink_directions(clean, [sink.l_start for sink in chosen])
     splits = []
     for index, (target, layer, direction) in enumerate(
-        zip(targets, layers, sink_directions(clean, chosen), strict=True)
+        zip(targets, layers, directions, strict=True)
     ):
         recorded = float(writes.mlp[index, layer])
         split = _split(model, records[layer], target, direction, recorded, share)

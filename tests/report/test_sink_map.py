@@ -8,9 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
 
 import secondary_sinks as ss
 from secondary_sinks.report.sink_map import plot_sink_map
@@ -29,34 +27,6 @@ def bars(figure):
 
 def labels(figure):
     return [text for text in panel(figure, "lives").texts if text.get_gid() == "label"]
-
-
-def drawn_texts(figure):
-    """Every visible text with its box in pixels."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    found = []
-    for text in figure.findobj(Text):
-        if not (text.get_visible() and text.get_text()) or not text.get_window_extent().width:
-            continue
-        if text.axes is not None and not text.axes.axison:
-            continue
-        found.append((text, text.get_window_extent(renderer)))
-    # Ticks beyond the limits of their axis exist, but are not drawn.
-    shown = set()
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            for tick in axis._update_ticks():
-                shown |= {tick.label1, tick.label2}
-    ticks = {
-        label
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in (*axis.majorTicks, *axis.minorTicks)
-        for label in (tick.label1, tick.label2)
-    }
-    return [(text, box) for text, box in found if text not in ticks or text in shown]
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 50])
@@ -79,7 +49,7 @@ def test_bars_span_the_layers_of_their_lives(invented):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("n", [0, 5, 50, 300])
 @pytest.mark.parametrize("n_tokens", [400, 10_000])
-def test_no_text_lies_on_another_or_leaves_the_figure(invented, n, n_tokens, width):
+def test_no_text_lies_on_another_or_leaves_the_figure(invented, n, n_tokens, width, drawn_texts):
     figure = plot_sink_map(invented(n, n_tokens), width=width)
     texts = drawn_texts(figure)
     assert len(texts) > 10
@@ -97,7 +67,7 @@ def test_no_text_lies_on_another_or_leaves_the_figure(invented, n, n_tokens, wid
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_text_is_smaller_than_7_points(invented, width):
+def test_no_text_is_smaller_than_7_points(invented, width, drawn_texts):
     for text, _ in drawn_texts(plot_sink_map(invented(9), width=width)):
         assert text.get_fontsize() >= 7
         assert "mathdefault" not in text.get_text()  # exponents would be smaller
@@ -183,7 +153,7 @@ def test_shading_of_attention_stands_one_layer_later(invented):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_text_without_sinks_says_so_and_shows_the_candidate(invented, width):
+def test_a_text_without_sinks_says_so_and_shows_the_candidate(invented, width, drawn_texts):
     empty = dataclasses.replace(invented(0), sinks=(), phases=(), notes=("no primary sink " * 9,))
     figure = plot_sink_map(empty, width=width)
     assert bars(figure) == []
@@ -200,7 +170,7 @@ def test_without_secondary_sinks_nothing_is_shaded(invented):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_published_maps_show_their_lives_only(published, width):
+def test_published_maps_show_their_lives_only(published, width, drawn_texts):
     figure = plot_sink_map(published, width=width)
     assert len(bars(figure)) == 2
     assert not any(axes.images for axes in figure.axes)
@@ -223,7 +193,7 @@ def test_tokens_of_a_short_text_are_named(invented):
     assert all(label.get_text().lstrip("−").isdigit() for label in long)
 
 
-def test_two_tokens_are_enough(invented):
+def test_two_tokens_are_enough(invented, drawn_texts):
     tiny = dataclasses.replace(
         invented(0, 30),
         n_tokens=2,
