@@ -260,7 +260,7 @@ def fired(
 
         return keep
 
-    hooks = [(_hook_name(model, site), keeper(site)) for site in seen]
+    hooks = [(hook_name(model, site), keeper(site)) for site in seen]
     with torch.no_grad():
         model.run_with_hooks(
             tokens.to(_input_device(model)),
