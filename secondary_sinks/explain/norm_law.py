@@ -212,12 +212,12 @@ def power_law(
         return math.exp(float(np.mean(means))) if means else math.nan
 
     everything = np.arange(len(labels))
+    residual = torch.full((len(x),), torch.nan)
     exponent = exponent_of(everything)
     variance = float(inner_y @ inner_y)
     if math.isnan(exponent) or not variance > 1e-18:
-        unknown = torch.full((len(x),), torch.nan)
-        return PowerLaw(*[math.nan] * 7, residual=unknown)
-    residual = torch.full((len(x),), torch.nan)
+        nan = math.nan
+        return PowerLaw(nan, nan, nan, nan, nan, nan, nan, residual)
     left = inner_y - exponent * inner_x
     alone = np.array([(labels == label).sum() == 1 for label in labels])
     shown = np.where(alone, np.nan, left)

@@ -71,7 +71,7 @@ class Weakening:
 
 @dataclass(frozen=True)
 class CausalWeakening:
-    """What taking the secondary sinks out does to the primary, over the removals that were given."""
+    """What taking the secondary sinks out does to the primary, in the removals that were given."""
 
     change: Float[Tensor, "removal"]
     """Primary's sink score without the secondary sinks less that with them: mean over heads and the
@@ -124,7 +124,8 @@ class PrimaryWeakening(Result):
         )
         return (
             f"PrimaryWeakening({self.model.get('name', '?')!r}, {len(self.primary)} texts: "
-            f"adjusted correlation with the number of live secondary sinks {found.rho:.2f}{removed})"
+            "adjusted correlation with the number of live secondary sinks "
+            f"{found.rho:.2f}{removed})"
         )
 
     def to_frame(self) -> pd.DataFrame:
