@@ -131,7 +131,7 @@ class OtherMeasures(Result):
         return pd.DataFrame(rows)
 
     def entropy_frame(self) -> pd.DataFrame:
-        """One row for each layer and head: mean entropy of its attention, in nats and normalized."""
+        """One row for each layer and head: its mean entropy, in nats and normalized."""
         import pandas as pd
 
         n_layers, n_heads = self.entropy.by_head.shape

@@ -20,7 +20,7 @@ vector that betrays its position betrays them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -246,23 +246,14 @@ def _validated(
     prepared: Sequence[tuple[Any, Any, Any]], label: Any, strength: float
 ) -> tuple[float, float]:
     """AUC (mean over folds) and balanced accuracy (over all predictions)."""
-    from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
     areas, told, true = [], [], []
     for x, train, test in prepared:
-        if x.shape[1] == 0 or len(set(label[train].tolist())) < 2:
+        if len(set(label[train].tolist())) < 2:
             continue
-        # Of the solvers the fastest where there are more dimensions than tokens.
-        model = LogisticRegression(
-            C=strength,
-            solver="liblinear",
-            dual=True,
-            class_weight="balanced",
-            max_iter=2000,
-            random_state=0,
-        ).fit(x[train], label[train])
-        decided = model.decision_function(x[test])
+        # Vectors that are the same but for rounding must not be ranked by it.
+        decided = np.round(_fitted(x[train], label[train], strength)(x[test]), 8)
         told.append(decided > 0)
         true.append(label[test])
         if len(set(label[test].tolist())) == 2:
@@ -271,6 +262,25 @@ def _validated(
         return math.nan, math.nan
     accuracy = balanced_accuracy_score(np.concatenate(true), np.concatenate(told))
     return float(np.mean(areas)), float(accuracy)
+
+
+def _fitted(x: Any, label: Any, strength: float) -> Callable[[Any], Any]:
+    """The decision function of the regression."""
+    from sklearn.linear_model import LogisticRegression
+
+    if x.shape[1] == 0:  # all vectors are the same: the embeddings of one token are
+        return lambda tested: np.zeros(len(tested))
+    # Of the solvers the fastest where there are more dimensions than tokens.
+    model = LogisticRegression(
+        C=strength,
+        solver="liblinear",
+        dual=True,
+        class_weight="balanced",
+        max_iter=2000,
+        random_state=0,
+    )
+    decide: Callable[[Any], Any] = model.fit(x, label).decision_function
+    return decide
 
 
 def _shuffled(label: Any, groups: Any, rng: np.random.Generator) -> Any:

@@ -56,7 +56,8 @@ def other_measures(
         min_rate: share of all (layer, head) pairs above which a token counts as named by it.
         min_value: magnitude of a massive activation (Sun et al.); depends on a model's scale.
         min_ratio: its least ratio to the median magnitude of the layer.
-        chat: the string goes through the chat template.
+        chat: the string goes through the chat template; also of a sink map's text, since the
+            published criterion has a rule of its own for templates.
         fwd_hooks: hooks of your own, in force in every pass.
 
     Raises:
@@ -78,7 +79,6 @@ def other_measures(
         AttentionEntropy(),
     ]
     traced = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
-    # Like the detection itself, the published one has rules of its own for chat templates.
     reference = cast(
         SinkMap,
         detect_sinks(model, tokens, criterion="reference", chat=chat, fwd_hooks=fwd_hooks),

@@ -51,8 +51,9 @@ def separability(
 
     Vectors of the residual before the block and between its halves, of the attention's output and
     of the MLP's, of the future sinks of one onset, of the same token ids where they are no sinks
-    (those whose positions are most like the sinks'), and of ordinary tokens nearby. `explain.separability` tells what is asked
-    of them. No vector is used twice: what texts share at their beginning belongs to the first.
+    (those whose positions are most like the sinks'), and of ordinary tokens nearby.
+    `explain.separability` tells what is asked of them. No vector is used twice: what texts share at
+    their beginning belongs to the first.
 
     What it is not evidence for: that the model uses what a probe finds, nor, at early layers, that
     it is the feature which the writer reads; a position or the token before can be told as well

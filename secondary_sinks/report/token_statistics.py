@@ -49,7 +49,7 @@ def plot_token_statistics(
     if not panel > 0 or n_tokens < 1:
         raise InputError(f"panel is {panel} inches, n_tokens {n_tokens}; both must be above 0")
     tokens = [one for one in found.of("token") if one.n_sinks][:n_tokens]
-    others = {by: found.of(by) for by in ("class", "position", "occurrence")}  # type: ignore[arg-type]
+    others = {by: found.of(by) for by in ("class", "position", "occurrence")}
     names = [visible(one.group, limit=_LONGEST) for one in tokens]
     counts = [f"{one.n_sinks}/{one.n}" for one in tokens]
     left = 0.2 + max((text_width(f"{a}  {b}") for a, b in zip(names, counts, strict=True)),
