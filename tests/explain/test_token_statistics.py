@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from scipy.stats import beta
@@ -109,7 +111,7 @@ def test_every_token_of_the_figure_can_be_read(count):
     assert len(labels) == count
     boxes = [label.get_window_extent() for label in labels]
     assert all(label.get_fontsize() >= 7 for label in labels)
-    assert all(above.y0 >= below.y1 - 1 for above, below in zip(boxes, boxes[1:], strict=False))
+    assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(boxes))
     assert min(box.x0 for box in boxes) >= 0
     assert all("\\n" in label.get_text() for label in labels)
     inside = figure.bbox

@@ -10,13 +10,15 @@ import torch
 import secondary_sinks as ss
 from secondary_sinks.models.planted import PlantedSink, random_planted
 
-NORMS = {9: 25.0, 12: 40.0, 17: 70.0, 21: 130.0}
+NORMS = {9: 40.0, 12: 60.0, 17: 100.0, 21: 200.0}
 
 
 @functools.cache
-def law():
+def law(common=30.0):
+    """Sinks of four norms; keys are read after a norm, in which a common component competes with
+    what was written. Without one, every sink's key is the same, and norms decide nothing."""
     sinks = tuple(PlantedSink(token=t, writer=4, norm=n, lifetime=4) for t, n in NORMS.items())
-    planted = ss.planted_model(secondary=sinks)
+    planted = ss.planted_model(secondary=sinks, common=common)
     host = planted.load()
     maps = ss.detect_sinks(host, [planted.tokens(60, seed=s)[0] for s in range(5)], progress=False)
     return host, maps, ss.norm_law(host, maps)
@@ -47,6 +49,17 @@ def test_more_norm_more_attention():
     assert relation.given_position.low > 0.5
     assert relation.law.exponent > 0
     assert relation.law.low > 0
+
+
+def test_no_law_where_norms_decide_nothing():
+    """Without a common component the position alone decides what a planted sink draws."""
+    _, _, found = law(0.0)
+    relation = found.relation("score")
+    assert relation.within_texts.low < 0 < relation.within_texts.high
+    assert relation.law.low < 0 < relation.law.high
+    assert relation.law.explained < 0.1
+    # Nothing of the score is left to relate once position is taken off.
+    assert torch.isnan(torch.tensor(relation.given_position.rho))
 
 
 def test_lifetimes_that_do_not_vary_are_nan_with_a_note():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -64,7 +66,7 @@ def test_every_named_token_of_the_figure_can_be_read(count):
     labels = axes.get_xticklabels()
     assert len(labels) == count
     boxes = [label.get_window_extent() for label in labels]
-    assert all(left.x1 <= right.x0 + 1 for left, right in zip(boxes, boxes[1:], strict=False))
+    assert all(left.x1 <= right.x0 + 1 for left, right in itertools.pairwise(boxes))
     title = figure.axes[1]._left_title.get_window_extent()
     assert min(box.y0 for box in boxes) > title.y1
     assert all(label.get_fontsize() >= 7 for label in labels)

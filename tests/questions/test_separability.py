@@ -47,7 +47,7 @@ def separated():
 def test_the_planted_tokens_are_the_ones_compared():
     found = separated()
     assert found.onset == ONSET
-    assert set(found.tokens[i] for i in (found.kind != ORDINARY).nonzero()) == {"t17"}
+    assert {found.tokens[i] for i in (found.kind != ORDINARY).nonzero()} == {"t17"}
     assert (found.position[found.kind == SINK] % 2 == 0).all()
     assert (found.position[found.kind == SAME_TOKEN] % 2 == 1).all()
     assert "t17" not in {found.tokens[i] for i in (found.kind == ORDINARY).nonzero()}
