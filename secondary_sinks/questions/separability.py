@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -16,6 +16,7 @@ from secondary_sinks.explain.separability import (
     ORDINARY,
     SAME_TOKEN,
     SINK,
+    Contrast,
     Embedding,
     Separability,
     contrast_of,
@@ -32,6 +33,9 @@ SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out")
 """Where vectors are read, in the order of the block."""
 POOL = 4
 """Ordinary tokens are drawn from this many times as many that are nearest in position."""
+TELLING_POSITION = 0.8
+"""AUC of the position alone from which on a reader is told."""
+_SPOKEN = {"same_token": "the same token", "ordinary": "ordinary tokens"}
 
 
 def separability(
@@ -134,6 +138,7 @@ def separability(
         notes=(
             *repeats_note(maps, len(list(distinct_sinks(maps)))),
             *_notes(kind, text, n_sinks),
+            *_position_notes(contrasts),
         ),
         model=maps[0].model,
         **contrasts,
@@ -198,3 +203,12 @@ def _notes(kind: Tensor, text: Tensor, n_sinks: int) -> tuple[str, ...]:
                 "texts that begin differently"
             )
     return tuple(notes)
+
+
+def _position_notes(contrasts: Mapping[str, Contrast]) -> Iterator[str]:
+    for name, found in contrasts.items():
+        if found.position_auc >= TELLING_POSITION:
+            yield (
+                f"position alone tells sinks from {_SPOKEN[name]} with an AUC of "
+                f"{found.position_auc:.2f}: a probe that does no better may have found the position"
+            )

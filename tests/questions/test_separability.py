@@ -120,6 +120,29 @@ def test_texts_that_begin_alike_give_no_second_look():
     assert any("same sinks" in note for note in found.notes)
 
 
+def test_a_position_that_tells_is_told():
+    """Sinks at the beginning, the same token at the end: that is no feature of a sink."""
+    host, maps = default()
+
+    def early(activation, hook=None):
+        edited = activation.clone()
+        edited[:, 20:] = 0
+        return edited
+
+    hooks = [(HOOKS[0][0], early)]
+    texts = [one.tokens for one in maps]
+    found = ss.separability(
+        host,
+        ss.detect_sinks(host, texts, fwd_hooks=hooks, progress=False),
+        n_permutations=1,
+        n_splits=2,
+        fwd_hooks=hooks,
+    )
+    assert found.same_token.position_auc == 1
+    assert any("position alone" in note and "the same token" in note for note in found.notes)
+    assert not any("position alone" in note for note in separated().notes)
+
+
 def test_bad_input():
     host, maps = default()
     with pytest.raises(ss.InputError, match="no secondary sinks of onset 3"):
