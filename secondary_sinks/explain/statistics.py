@@ -225,3 +225,81 @@ def grouped_interval(
         return math.nan, math.nan
     low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def grouped_spearman(
+    x: Float[Tensor, "point"],
+    y: Float[Tensor, "point"],
+    groups: Sequence[int],
+    *,
+    within: Sequence[int] | None = None,
+    given: Float[Tensor, "point"] | None = None,
+    confidence: float = 0.95,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> Correlation:
+    """Spearman's rank correlation of points in groups, with an interval that resamples the groups.
+
+    Ranks are those of the whole sample, also in the resamples.
+
+    Args:
+        x: one value a point; points where something is NaN are left out.
+        y: the other.
+        groups: to which group each point belongs, for the interval.
+        within: labels; ranks are taken among the points of one label, so that differences between
+            labels (the length of a text, the depth of a layer) play no part. Labels with one point
+            say nothing. None ranks all points together.
+        given: partial correlation: what x and y share with the ranks of this is taken off first.
+        confidence: of the interval.
+        n_resamples: how many.
+        seed: of the resampling.
+
+    Raises:
+        InputError: a confidence outside (0, 1), or lengths that differ.
+    """
+    series = [x, y] if given is None else [x, y, given]
+    if len({len(groups), *map(len, series)}) > 1:
+        raise InputError(f"{[len(one) for one in series]} values in {len(groups)} groups")
+    known = ~torch.stack([torch.isnan(one) for one in series]).any(dim=0)
+    labels = np.zeros(len(groups)) if within is None else np.asarray(within)
+    labels = labels[known.numpy()]
+    ranks = [_centered_ranks(one[known].double().numpy(), labels) for one in series]
+
+    def statistic(index: Any) -> float:
+        return _partial([one[index] for one in ranks])
+
+    rho = statistic(np.arange(len(labels)))
+    if math.isnan(rho):
+        return Correlation(math.nan, math.nan, math.nan)
+    kept = np.asarray(groups)[known.numpy()].tolist()
+    low, high = grouped_interval(
+        kept, statistic, confidence=confidence, n_resamples=n_resamples, seed=seed
+    )
+    return Correlation(rho, low, high)
+
+
+def _centered_ranks(values: Any, labels: Any) -> Any:
+    """Rank of each point among those of its label, with the label's mean rank taken off."""
+    ranks = np.zeros(len(values))
+    for label in np.unique(labels):
+        own = labels == label
+        ranks[own] = stats.rankdata(values[own]) - (own.sum() + 1) / 2
+    return ranks
+
+
+def _partial(series: list[Any]) -> float:
+    """Correlation of the first two series, given the third if there is one."""
+    if len(series[0]) < len(series) + 1:
+        return math.nan
+    centered = [one - one.mean() for one in series]
+    x, y, *rest = centered
+    for z in rest:
+        square = float(z @ z)
+        if square > 0:
+            x, y = x - z * float(x @ z) / square, y - z * float(y @ z) / square
+    # Rounding leaves a trace of what was taken off; a trace must not pass for a value that varies.
+    left = [float(one @ one) for one in (x, y)]
+    whole = [float(one @ one) for one in centered[:2]]
+    if any(part <= 1e-12 * total for part, total in zip(left, whole, strict=True)):
+        return math.nan
+    return float(np.clip(float(x @ y) / math.sqrt(left[0] * left[1]), -1.0, 1.0))

@@ -1,14 +1,15 @@
-"""What a question about a text begins with: its sink map, given or new, and the sinks meant."""
+"""What a question about texts begins with: their sink maps, given or new, and the sinks meant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
+from secondary_sinks.explain.corpus import listed
 from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.models.host import UserHook, describe
 from secondary_sinks.models.text import Text, is_many
@@ -82,3 +83,31 @@ def chosen_sinks(sinks: SinkMap, which: Literal["secondary"] | Sequence[Sink]) -
 def has_sink(sinks: SinkMap, sink: Sink) -> bool:
     """Whether the map holds that life of that token."""
     return any((s.position, s.layers) == (sink.position, sink.layers) for s in sinks.sinks)
+
+
+def sink_maps_of(
+    model: Any,
+    maps_or_texts: Text | SinkMap | Sequence[SinkMap],
+    *,
+    chat: bool = False,
+    fwd_hooks: Sequence[UserHook] = (),
+) -> tuple[SinkMap, ...]:
+    """The sink maps of one or many texts, measured in this model by the evidence criterion.
+
+    Args:
+        model: any TransformerLens model.
+        maps_or_texts: one text or many (see `detect_sinks`), or their sink maps.
+        chat: strings go through the chat template.
+        fwd_hooks: hooks in force when the sinks are detected.
+
+    Raises:
+        InputError: no texts, or a sink map that `sink_map_of` refuses.
+    """
+    if isinstance(maps_or_texts, SinkMap):
+        return (sink_map_of(model, maps_or_texts),)
+    given = isinstance(maps_or_texts, Sequence) and not isinstance(maps_or_texts, str)
+    if given and any(isinstance(one, SinkMap) for one in maps_or_texts):
+        several = listed(cast("Sequence[SinkMap]", maps_or_texts))
+        return tuple(sink_map_of(model, one) for one in several)
+    found = detect_sinks(model, cast(Text, maps_or_texts), chat=chat, fwd_hooks=fwd_hooks)
+    return (found,) if isinstance(found, SinkMap) else tuple(found)

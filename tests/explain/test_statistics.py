@@ -9,6 +9,8 @@ import secondary_sinks as ss
 from secondary_sinks.explain import statistics
 from secondary_sinks.explain.statistics import (
     bootstrap_interval,
+    grouped_interval,
+    grouped_spearman,
     percentile_among,
     sign_flip_p_value,
     spearman,
@@ -103,3 +105,41 @@ def test_bad_input():
         sign_flip_p_value(sample(4), alternative="more")
     with pytest.raises(ss.InputError, match="4 values of x and 5 of y"):
         spearman(sample(4), sample(5))
+
+
+def test_whole_groups_are_resampled():
+    """Points repeated within their text are no new witnesses: the interval stays what it was."""
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    once = grouped_interval(range(6), lambda index: float(x[index].mean()), seed=3)
+    many = grouped_interval(
+        torch.arange(6).repeat_interleave(50).tolist(),
+        lambda index: float(x.repeat_interleave(50)[index].mean()),
+        seed=3,
+    )
+    assert many == pytest.approx(once, abs=1e-6)
+    assert once[1] - once[0] > 2
+    assert all(math.isnan(end) for end in grouped_interval([0, 0], lambda index: 1.0))
+
+
+def test_ranks_within_labels_ignore_what_differs_between_them():
+    """In each text y falls with x; between texts both rise (Simpson's paradox)."""
+    text = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    x = torch.tensor([1.0, 2, 3, 11, 12, 13, 21, 22, 23])
+    y = torch.tensor([3.0, 2, 1, 13, 12, 11, 23, 22, 21])
+    assert grouped_spearman(x, y, text).rho > 0.7
+    within = grouped_spearman(x, y, text, within=text)
+    assert (within.rho, within.low, within.high) == pytest.approx((-1, -1, -1))
+    assert grouped_spearman(x, y, range(9)).rho == pytest.approx(spearman(x, y).rho)
+
+
+def test_what_both_share_with_a_third_is_taken_off():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, generator=generator)
+    x, y = (z + 0.2 * torch.randn(200, generator=generator) for _ in range(2))
+    groups = list(range(200))
+    assert grouped_spearman(x, y, groups, n_resamples=10).rho > 0.9
+    assert abs(grouped_spearman(x, y, groups, given=z, n_resamples=10).rho) < 0.25
+    assert math.isnan(grouped_spearman(x, y, groups, given=x, n_resamples=10).rho)
+    assert math.isnan(grouped_spearman(x, torch.ones(200), groups).rho)
+    with pytest.raises(ss.InputError, match="groups"):
+        grouped_spearman(x, y[:5], groups)
