@@ -3,14 +3,18 @@
 Claim: the writer maps an ordinary-looking input to an output along the primary's: the alignment of
 the sink's token with the primary's arises within the MLP, between its input and its output.
 
-Supported if, over the sinks of the texts that are looked at closely, the median cosine of the MLP's
-output exceeds that of its input by 0.2 or more, and lies above the ordinary tokens' band; not
-supported otherwise.
+The primary was written by an MLP as well, in the layer where it emerges. Supported if, over the
+sinks of the texts that are looked at closely, the median cosine of the writer's output with *that*
+output exceeds the cosine of the two MLPs' inputs by 0.2 or more, and lies above that of ordinary
+tokens; not supported otherwise. The cosines stage by stage with the primary's token in the writer's
+own layer are the figure; there the primary's MLP has nothing to write any more in some models, and
+a cosine with next to nothing says little.
 """
 
 from __future__ import annotations
 
 import pandas as pd
+import torch
 from shared import Bench, Outcome, Verdict, cannot_tell, main
 
 import secondary_sinks as ss
@@ -25,15 +29,21 @@ def run(bench: Bench) -> Outcome:
     found = [ss.mlp_stage_alignment(bench.model, s, seed=bench.seed) for s in bench.close]
     frame = pd.concat([one.to_frame() for one in found], keys=range(len(found)), names=["text"])
     frame = frame.reset_index(level="text")
-    median = frame.groupby("stage", sort=False)[["cosine", "ordinary_high"]].median()
-    first, last = median.loc["input"], median.loc["output"]
-    holds = last.cosine - first.cosine >= MIN_RISE and last.cosine > last.ordinary_high
-    stages = ", ".join(f"{stage} {row.cosine:.2f}" for stage, row in median.iterrows())
+    own = frame.groupby("stage", sort=False)["cosine"].median()
+    first, last = (
+        torch.cat([one.emergence_cosine[:, one.stages.index(stage)] for one in found]).nanmedian()
+        for stage in ("input", "output")
+    )
+    ordinary = torch.cat(
+        [one.emergence_ordinary[:, one.stages.index("output")].flatten() for one in found]
+    ).nanmedian()
+    holds = bool(last - first >= MIN_RISE and last > ordinary)
+    stages = ", ".join(f"{stage} {cosine:.2f}" for stage, cosine in own.items())
     why = (
-        f"Median cosine with the primary's token in the writer's MLP over "
-        f"{sum(len(one.sinks) for one in found)} sinks of {len(found)} texts ({bench.name}): "
-        f"{stages}. The upper end of ordinary tokens' band is {first.ordinary_high:.2f} at the "
-        f"input and {last.ordinary_high:.2f} at the output."
+        f"Over {sum(len(one.sinks) for one in found)} sinks of {len(found)} texts ({bench.name}), "
+        f"with the MLP that wrote the primary: median cosine of the inputs {first:.2f}, of the "
+        f"outputs {last:.2f} (ordinary tokens {ordinary:.2f}). With the primary's token in the "
+        f"writer's own layer: {stages}."
     )
     return Outcome(
         Verdict("supported" if holds else "not supported", why),

@@ -35,7 +35,7 @@ def bench(with_sinks: bool = True) -> Bench:
         secondary=sinks if with_sinks else (),
     )
     model = planted.load()
-    texts = [planted.tokens(64, seed=seed) for seed in range(4)]
+    texts = [planted.tokens(64, seed=seed)[0] for seed in range(4)]
     return Bench(model, tuple(ss.detect_sinks(model, texts)))
 
 
@@ -68,7 +68,6 @@ def test_a_claim_is_stated_and_cannot_be_told_without_sinks(name):
         "figure_2_levels",
         "figure_4_mlp_stages",
         "claim_1_writers",
-        "claim_2_dose",
         "claim_3_primary",
         "beyond_erasers",
     ],
@@ -84,6 +83,12 @@ def test_the_writers_are_the_planted_ones():
     assert "MLP 5" in why
     assert "MLP 2" in why
     assert "MLP 3" in why
+
+
+def test_attention_rises_with_the_dose_where_lifetime_was_planted():
+    """A planted sink is erased in its layer whatever its length, so lifetime does not follow."""
+    why = outcome("claim_2_dose").verdict.why
+    assert "exceeds 0.8 in 100 %; of written norm and lifetime" in why
 
 
 def test_all_of_them_in_one_command(monkeypatch, tmp_path):
