@@ -24,7 +24,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.models.host import Observer, Site, UserHook, describe, hook_name, observe
+from secondary_sinks.models.host import (
+    FINAL_NORM,
+    Observer,
+    Site,
+    UserHook,
+    describe,
+    hook_name,
+    observe,
+)
 from secondary_sinks.models.identity import hooks_aside
 from secondary_sinks.models.streaming import (
     AttentionInputs,
@@ -254,7 +262,8 @@ def _unseen(
         return "an attention module has PyTorch hooks, which would see another output"
     canonical = {name: str(point.name) for name, point in model.hook_dict.items()}
     for site in sites:
-        if hook_name(model, site) not in comparison.same_hooks:
+        # The final norm is read by a module hook, behind all attention.
+        if site.name != FINAL_NORM and hook_name(model, site) not in comparison.same_hooks:
             return f"{site.name!r} is asked for, whose hook does not fire there"
     for wanted, _ in fwd_hooks:
         names = [wanted] if isinstance(wanted, str) else filter(wanted, canonical)
