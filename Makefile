@@ -10,6 +10,7 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 TL3 := transformer-lens==3.9.*
 
+RESULTS ?= out/experiments
 VENV := .venv
 VENV_TL3 := .venv-tl3
 BIN := $(VENV)/bin
@@ -45,8 +46,8 @@ lint: $(DEV) ## ruff and mypy
 docs: $(DOCS) ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
 
-experiments: $(CORE) ## the published figures and claims on two models; index in out/experiments
-	$(BIN)/python experiments/run_all.py --out out/experiments
+experiments: $(CORE) ## the published figures and claims on two models; index in $(RESULTS)
+	$(BIN)/python experiments/run_all.py --out $(RESULTS)
 
 benchmarks: $(CORE) ## measure all claims of speed and memory, and write docs/performance.md
 	$(BIN)/python benchmarks/performance.py

@@ -19,10 +19,10 @@ MIN_SEPARATION, MIN_COSINE = 0.9, 0.5
 
 
 def run(bench: Bench) -> Outcome:
-    """Components over all texts with secondary sinks."""
+    """Components over the richest texts."""
     if not bench.with_sinks:
         return cannot_tell(bench)
-    found = ss.mlp_response(bench.model, bench.with_sinks, seed=bench.seed)
+    found = ss.mlp_response(bench.model, bench.many, seed=bench.seed)
     frame = found.components_frame()
     separating = frame[frame["separation"] >= MIN_SEPARATION]
     answered = separating[separating["cosine_at_sinks"] >= MIN_COSINE]

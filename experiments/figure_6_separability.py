@@ -18,10 +18,10 @@ import secondary_sinks as ss
 
 
 def run(bench: Bench) -> Outcome:
-    """Probes over all texts."""
+    """Probes over the richest texts."""
     if not bench.with_sinks:
         return cannot_tell(bench)
-    found = ss.separability(bench.model, bench.maps, seed=bench.seed)
+    found = ss.separability(bench.model, bench.many, seed=bench.seed)
     site = found.sites.index("resid_pre")
     auc = float(found.same_token.auc[site, found.onset])
     chance = float(found.same_token.chance_high[site, found.onset])

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from shared import N_TEXTS, Outcome, Verdict, make_bench, write
+from shared import Outcome, Verdict, make_bench, write
 
 import secondary_sinks as ss
 from secondary_sinks.report.levels import plot_sink_levels
@@ -66,7 +66,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path(
         "out/experiments"
     ),
-    n_texts: Annotated[int, typer.Option(min=1, help="Bundled texts to take.")] = N_TEXTS,
+    n_texts: Annotated[int | None, typer.Option(min=1, help="Bundled texts to take.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Cut each text.")] = None,
 ) -> None:
     """Sink levels of several models, one panel each."""

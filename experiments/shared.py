@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 Answer = Literal["supported", "not supported", "cannot tell"]
 
 MODEL = "qwen2.5-coder-0.5b"
-N_TEXTS = 24
-"""How many of the bundled texts are taken by default, balanced over their kinds."""
+N_MANY = 24
+"""Texts with the most secondary sinks, for questions that need many and take some time for each."""
 N_CLOSE = 6
-"""Texts that are looked at closely, where a question takes a text at a time."""
+"""Of those, the texts that are looked at closely: each by itself, with interventions."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Bench:
         return tuple(sinks for sinks in rich if sinks.secondary)
 
     @property
+    def many(self) -> tuple[ss.SinkMap, ...]:
+        """The richest texts."""
+        return self.with_sinks[:N_MANY]
+
+    @property
     def close(self) -> tuple[ss.SinkMap, ...]:
         """The few that are looked at closely."""
         return self.with_sinks[:N_CLOSE]
@@ -116,7 +121,11 @@ def cannot_tell(bench: Bench, why: str = "") -> Outcome:
 
 
 def make_bench(
-    model: str, texts: Path | None = None, *, n_texts: int = N_TEXTS, max_tokens: int | None = None
+    model: str,
+    texts: Path | None = None,
+    *,
+    n_texts: int | None = None,
+    max_tokens: int | None = None,
 ) -> Bench:
     """Load a model and find the sinks of its texts.
 
@@ -124,7 +133,7 @@ def make_bench(
         model: what `load_model` takes.
         texts: a JSON Lines file as `secondary-sinks detect --jsonl` reads it; None takes bundled
             texts.
-        n_texts: how many of the bundled texts.
+        n_texts: how many of the bundled texts, balanced over their kinds; None takes all.
         max_tokens: cut each text here.
     """
     loaded = ss.load_model(model)
@@ -168,7 +177,7 @@ def main(run: Callable[[Bench], Outcome], name: str, claim: str) -> None:
         out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path(
             "out/experiments"
         ),
-        n_texts: Annotated[int, typer.Option(min=1, help="Bundled texts to take.")] = N_TEXTS,
+        n_texts: Annotated[int | None, typer.Option(min=1, help="Bundled texts to take.")] = None,
         max_tokens: Annotated[int | None, typer.Option(min=2, help="Cut each text.")] = None,
     ) -> None:
         bench = make_bench(model, texts, n_texts=n_texts, max_tokens=max_tokens)
