@@ -17,12 +17,14 @@ from tqdm.auto import tqdm
 from secondary_sinks.errors import ModelError
 from secondary_sinks.intervene.batched import run_batched
 from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.intervene.full import run_full
 from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.intervene.packed import run_packed
 from secondary_sinks.intervene.rows import RowStates
 from secondary_sinks.models.host import UserHook, describe
 
 FastEngine = Literal["packed", "batched"]
+Engine = Literal["packed", "batched", "full"]
 
 MEMORY_BUDGET = 1 << 30
 """Bytes that the attention of one packed pass may take, by default."""
@@ -47,7 +49,7 @@ def run_chunk(
 
 
 def run_rows(
-    engine: FastEngine,
+    engine: Engine,
     model: Any,
     clean: CleanRun,
     rows: Sequence[Row],
@@ -59,7 +61,7 @@ def run_rows(
     """Any number of rows, in order.
 
     Args:
-        engine: which engine runs them.
+        engine: which engine runs them; "full" is a pass for each row, whatever the budget.
         model: any TransformerLens model that the engine can run.
         clean: the clean run of the text; passes begin where it kept the residual stream
             (`beginnings`).
@@ -71,6 +73,10 @@ def run_rows(
     Raises:
         ModelError: not even one row fits into memory.
     """
+    if engine == "full":
+        show = len(rows) > 1 if progress is None else progress
+        bar = tqdm(rows, desc="full passes", disable=not show)
+        return run_full(model, clean, bar, fwd_hooks=fwd_hooks, totals=False)[0]
     order = _by_first_edit(rows)
     size = chunk_size(engine, model, len(clean.tokens), memory_budget)
     show = len(rows) > size if progress is None else progress

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.intervene.chunks import FastEngine, run_chunk, run_rows
+from secondary_sinks.intervene.chunks import Engine, FastEngine, run_chunk, run_rows
 from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.edits import Scale, Zero
 from secondary_sinks.intervene.full import run_full
@@ -29,7 +29,6 @@ from secondary_sinks.intervene.interventions import Intervention, Row, rows_of
 from secondary_sinks.intervene.rows import RowStates
 from secondary_sinks.models.host import UserHook, describe, has_hooks
 
-Engine = Literal["packed", "batched", "full"]
 Method = Literal["auto", "packed", "batched", "full"]
 
 _LONGEST_TEST = 600

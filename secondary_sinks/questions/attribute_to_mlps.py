@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
-
-from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.attribution import (
@@ -18,12 +17,11 @@ from secondary_sinks.explain.attribution import (
 from secondary_sinks.explain.means import MeanActivations
 from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.explain.writers import MAX_LEFT, Control, compare, judge
-from secondary_sinks.intervene.interventions import Intervention
 from secondary_sinks.intervene.self_test import Method
 from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
 from secondary_sinks.questions.attribution_rows import ControlPlan, Sweep, Target
-from secondary_sinks.questions.counterfactuals import CounterfactualRows, counterfactuals
+from secondary_sinks.questions.counterfactuals import counterfactuals
 from secondary_sinks.questions.direct_writes import direct_writes
 from secondary_sinks.questions.given import chosen_sinks, sink_map_of
 from secondary_sinks.questions.writers import candidates
@@ -97,20 +95,9 @@ def attribute_to_mlps(
         for sink in chosen_sinks(found, which)
     ]
     n_layers = int(found.model["n_layers"])
-    # A tensor goes along with its map, so that a map of other tokens is refused.
-    source = text if isinstance(text, Tensor) else found
-
-    def run(interventions: list[Intervention]) -> CounterfactualRows:
-        return counterfactuals(
-            model,
-            source,
-            interventions,
-            sinks=None if isinstance(source, SinkMap) else found,
-            method=method,
-            progress=progress,
-            fwd_hooks=fwd_hooks,
-        )
-
+    run = partial(
+        counterfactuals, model, found, method=method, progress=progress, fwd_hooks=fwd_hooks
+    )
     sweep = Sweep(targets, n_layers, attention=attention, reference=reference)
     rows = run(sweep.interventions)
     writes = direct_writes(model, found, [target.sink for target in targets], fwd_hooks=fwd_hooks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -88,29 +89,21 @@ def dose_response(
     found = sink_map_of(model, text, sinks, chat=chat, fwd_hooks=fwd_hooks)
     target = Target.of(found, _the_sink(found, sink))
     position = target.sink.position
-    source = text if isinstance(text, Tensor) else found
-
-    def run(interventions: list[Intervention], method: Method) -> CounterfactualRows:
-        return counterfactuals(
-            model,
-            source,
-            interventions,
-            sinks=None if isinstance(source, SinkMap) else found,
-            method=method,
-            progress=progress,
-            fwd_hooks=fwd_hooks,
-        )
-
+    run = partial(counterfactuals, model, found, progress=progress, fwd_hooks=fwd_hooks)
     if writer is None:
         candidates = range(target.sink.l_start + 1)
-        sweep = run([Intervention("mlp_out", m, position, Zero()) for m in candidates], method)
+        sweep = run(
+            [Intervention("mlp_out", m, position, Zero()) for m in candidates], method=method
+        )
         writer = _last_needed(target, sweep)
     at = [Intervention("mlp_out", writer, position, Scale(dose)) for dose in doses]
-    rows = run(at, method)
+    rows = run(at, method=method)
     total_score = torch.full(rows.norm.shape, torch.nan)
     if totals:
         some = sorted({round(k) for k in torch.linspace(0, len(doses) - 1, N_TOTALS).tolist()})
-        full = rows if rows.totals is not None else run([at[index] for index in some], "full")
+        full = (
+            rows if rows.totals is not None else run([at[index] for index in some], method="full")
+        )
         some = list(range(len(doses))) if full is rows else some
         if full.totals is not None:
             total_score[some] = full.totals.sink_score[:, :, position]

@@ -130,9 +130,8 @@ def neuron_contributions(
     if verify:
         rows = counterfactuals(
             model,
-            text if isinstance(text, Tensor) else found,
+            found,
             plan.interventions,
-            sinks=found if isinstance(text, Tensor) else None,
             method=method,
             progress=progress,
             fwd_hooks=fwd_hooks,

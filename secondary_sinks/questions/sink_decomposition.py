@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.attribution import DirectWrite
@@ -29,10 +28,8 @@ from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.intervene.chunks import MAX_BEGINNINGS, run_rows
 from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.edits import Scale, Zero
-from secondary_sinks.intervene.full import run_full
 from secondary_sinks.intervene.interventions import EditSite, Intervention, Row
-from secondary_sinks.intervene.rows import RowStates
-from secondary_sinks.intervene.self_test import Engine, Method, choose_engine
+from secondary_sinks.intervene.self_test import Method, choose_engine
 from secondary_sinks.models.attention_weights import (
     OutputWeights,
     check_head_sum,
@@ -116,7 +113,7 @@ def sink_decomposition(
         rows = [row for test in group for row in test.rows]
         positions = [row[0].position for row in rows]
         engine, _ = choose_engine(model, clean, method, positions, fwd_hooks)
-        states = _run(engine, model, kept, rows, fwd_hooks, progress)
+        states = run_rows(engine, model, kept, rows, fwd_hooks=fwd_hooks, progress=progress)
         length = states.centered_norm * states.centered_alignment
         is_sink = kept.judge(
             states.centered_alignment, states.centered_norm, states.direct_score, positions
@@ -143,22 +140,6 @@ def sink_decomposition(
         model=found.model,
         primary_position=found.primary_position,
     )
-
-
-def _run(
-    engine: Engine,
-    model: Any,
-    clean: CleanRun,
-    rows: Sequence[Row],
-    fwd_hooks: Sequence[UserHook],
-    progress: bool | None,
-) -> RowStates:
-    if engine != "full":
-        return run_rows(engine, model, clean, rows, fwd_hooks=fwd_hooks, progress=progress)
-    show = len(rows) > 1 if progress is None else progress
-    bar = tqdm(rows, desc="full passes", disable=not show)
-    states, _ = run_full(model, clean, bar, fwd_hooks=fwd_hooks, totals=False)
-    return states
 
 
 def _direction_layer(direction: str | int, sink: Sink, n_layers: int) -> int:
