@@ -39,13 +39,48 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", LLAMA_LIKE | {"num_local_experts": 4}),
 }
 
+OLD = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 64, "n_positions": 128}
+
+# Scores that cannot be edited, or positions that follow the sequence index.
+UNMASKABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": ("GPTJConfig", OLD | {"rotary_dim": 4}),
+    "opt": (
+        "OPTConfig",
+        SIZE | {"ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
+    ),
+    "gpt-neo": (
+        "GPTNeoConfig",
+        {
+            "hidden_size": 32,
+            "num_layers": 3,
+            "num_heads": 4,
+            "vocab_size": 64,
+            "max_position_embeddings": 128,
+            "window_size": 8,
+            "attention_types": [[["global", "local", "global"], 1]],
+            "intermediate_size": 48,
+        },
+    ),
+    "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 64}),
+    "mpt": (
+        "MptConfig",
+        {"d_model": 32, "n_layers": 3, "n_heads": 4, "vocab_size": 64, "max_seq_len": 128},
+    ),
+    "falcon-alibi": (
+        "FalconConfig",
+        SIZE
+        | {"alibi": True, "new_decoder_architecture": False}
+        | {"multi_query": False, "parallel_attn": False},
+    ),
+}
+
 
 def build_hf(family: str, seed: int = 0) -> Any:
     """A tiny Hugging Face model of `family` with random weights, larger than the usual
     initialization so that attention is not uniform."""
     import transformers
 
-    name, arguments = FAMILIES[family]
+    name, arguments = (FAMILIES | UNMASKABLE)[family]
     token_ids = {"bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, name)(**(token_ids | arguments))
     state = torch.random.get_rng_state()

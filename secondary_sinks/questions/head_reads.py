@@ -190,6 +190,8 @@ class _Reads(Collector):
         self.shows_scores, self.has_biases = True, False
         self._n_heads = run.n_heads
         self._seen: dict[str, Tensor] = {}
+        # Where the hook of the scores shows weights, it comes after the pattern's.
+        self._visible: Tensor = torch.ones(run.n_tokens, run.n_tokens, dtype=torch.bool).tril()
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
         here = cast(int, layer)
@@ -337,7 +339,8 @@ class _Reads(Collector):
             ("dormant", dormant.float()),
         ):
             self.heads[name][layer] = value.mean(dim=1).cpu()
-        self.uniform_entropy[layer] = float(self._visible[queries].sum(dim=1).log().mean())
+        n_visible = self._visible.to(pattern.device)[queries].sum(dim=1)
+        self.uniform_entropy[layer] = float(n_visible.log().mean())
 
 
 def _check(model: Any, plan: QueryKeyPlan, result: _Reads) -> None:

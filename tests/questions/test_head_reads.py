@@ -270,3 +270,18 @@ def test_qwen_queries_like_sinks_whatever_they_say(qwen):
     assert (beyond("query_bias") / beyond("logit")).median() > 0.8
     assert found.of_kind(found.sink.value_norm, "secondary").flatten()[strongest].median() < 0.3
     assert found.error < 1e-3
+
+
+@pytest.mark.parametrize("unmaskable", ["opt", "gptj"])
+def test_models_that_show_weights_have_attention_and_no_logits(tiny, tokens_of, unmaskable):
+    """In these the hook of the scores fires last, with what the pattern's fired with."""
+    model, tokens = tiny(unmaskable), tokens_of(24)
+    found = ss.head_reads(model, arranged(model, tokens), n_matched=3)
+    assert "no logits" in found.notes[0]
+    assert torch.isnan(found.sink.logit).all()
+    _, cache = model.run_with_cache(tokens[None])
+    for layer in range(3):
+        if layer in found.sinks[0].shown:
+            later = cache[f"blocks.{layer}.attn.hook_pattern"][0, :, 1:, 0].mean(dim=1)
+            torch.testing.assert_close(found.primary_score[layer], later, rtol=1e-3, atol=1e-4)
+    assert (found.entropy <= found.uniform_entropy[:, None] + 1e-4).all()
