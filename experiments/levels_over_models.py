@@ -15,7 +15,7 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from shared import Outcome, Verdict, make_bench, write
+from shared import MAX_TOKENS, N_TEXTS, Outcome, Verdict, make_bench, write
 
 import secondary_sinks as ss
 from secondary_sinks.report.levels import plot_sink_levels
@@ -66,8 +66,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path(
         "out/experiments"
     ),
-    n_texts: Annotated[int | None, typer.Option(min=1, help="Bundled texts to take.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Cut each text.")] = None,
+    n_texts: Annotated[int, typer.Option(min=1, help="Bundled texts to take.")] = N_TEXTS,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Cut each text.")] = MAX_TOKENS,
 ) -> None:
     """Sink levels of several models, one panel each."""
     levels = [ss.sink_levels(ss.read_reference(path)) for path in published or []]

@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 from levels_over_models import run_models
-from shared import Bench, Outcome, make_bench, write
+from shared import MAX_TOKENS, N_TEXTS, Bench, Outcome, make_bench, write
 
 import secondary_sinks as ss
 
@@ -105,8 +105,8 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="A model; may be given again.")] = None,
     texts: Annotated[Path | None, typer.Option(help="Texts, one JSON object a line.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/experiments"),
-    n_texts: Annotated[int | None, typer.Option(min=1, help="Bundled texts to take.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Cut each text.")] = None,
+    n_texts: Annotated[int, typer.Option(min=1, help="Bundled texts to take.")] = N_TEXTS,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Cut each text.")] = MAX_TOKENS,
 ) -> None:
     """Run every experiment on every model."""
     outcomes: dict[str, dict[str, Outcome]] = {}

@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 Answer = Literal["supported", "not supported", "cannot tell"]
 
 MODEL = "qwen2.5-coder-0.5b"
-N_MANY = 24
+N_TEXTS = 48
+"""How many of the bundled texts are taken by default, balanced over their kinds."""
+MAX_TOKENS = 400
+"""Where each text is cut by default: a small model on two cores then takes minutes in all."""
+N_MANY = 12
 """Texts with the most secondary sinks, for questions that need many and take some time for each."""
-N_CLOSE = 6
+N_CLOSE = 3
 """Of those, the texts that are looked at closely: each by itself, with interventions."""
 
 
@@ -124,8 +128,8 @@ def make_bench(
     model: str,
     texts: Path | None = None,
     *,
-    n_texts: int | None = None,
-    max_tokens: int | None = None,
+    n_texts: int = N_TEXTS,
+    max_tokens: int | None = MAX_TOKENS,
 ) -> Bench:
     """Load a model and find the sinks of its texts.
 
@@ -133,7 +137,7 @@ def make_bench(
         model: what `load_model` takes.
         texts: a JSON Lines file as `secondary-sinks detect --jsonl` reads it; None takes bundled
             texts.
-        n_texts: how many of the bundled texts, balanced over their kinds; None takes all.
+        n_texts: how many of the bundled texts, balanced over their kinds.
         max_tokens: cut each text here.
     """
     loaded = ss.load_model(model)
@@ -177,8 +181,8 @@ def main(run: Callable[[Bench], Outcome], name: str, claim: str) -> None:
         out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path(
             "out/experiments"
         ),
-        n_texts: Annotated[int | None, typer.Option(min=1, help="Bundled texts to take.")] = None,
-        max_tokens: Annotated[int | None, typer.Option(min=2, help="Cut each text.")] = None,
+        n_texts: Annotated[int, typer.Option(min=1, help="Bundled texts to take.")] = N_TEXTS,
+        max_tokens: Annotated[int, typer.Option(min=2, help="Cut each text.")] = MAX_TOKENS,
     ) -> None:
         bench = make_bench(model, texts, n_texts=n_texts, max_tokens=max_tokens)
         outcome = run(bench)

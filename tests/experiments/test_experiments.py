@@ -94,7 +94,7 @@ def test_attention_rises_with_the_dose_where_lifetime_was_planted():
 def test_all_of_them_in_one_command(monkeypatch, tmp_path):
     monkeypatch.setattr(run_all, "make_bench", lambda *args, **kwargs: bench())
     monkeypatch.setattr(run_all, "EXPERIMENTS", ("figure_2_levels", "claim_1_writers"))
-    run_all.main(model=["planted"], texts=None, out=tmp_path, n_texts=4, max_tokens=None)
+    run_all.main(model=["planted"], texts=None, out=tmp_path, n_texts=4, max_tokens=400)
     page = (tmp_path / "index.md").read_text()
     assert "| [claim_1_writers](#claim-1-writers) | supported |" in page
     for name in ("figure_2_levels", "claim_1_writers"):
