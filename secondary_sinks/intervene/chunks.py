@@ -22,6 +22,7 @@ from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.intervene.packed import run_packed
 from secondary_sinks.intervene.rows import RowStates
 from secondary_sinks.models.host import UserHook, describe
+from secondary_sinks.models.memory import is_out_of_memory
 
 FastEngine = Literal["packed", "batched"]
 Engine = Literal["packed", "batched", "full"]
@@ -94,7 +95,9 @@ def run_rows(
                     memory_budget=memory_budget,
                     fwd_hooks=fwd_hooks,
                 )
-            except (MemoryError, torch.OutOfMemoryError) as error:
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if size == 1:
                     raise ModelError(
                         f"not even one row fits into memory behind {len(clean.tokens)} tokens; "

@@ -32,6 +32,7 @@ from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.interventions import Intervention, Row
 from secondary_sinks.intervene.rows import Place, edit_hooks
 from secondary_sinks.models.host import Editor, Site, UserHook, describe, forward
+from secondary_sinks.models.memory import is_out_of_memory
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.attention_path import (
     AttentionChoice,
@@ -214,7 +215,9 @@ def run_whole_texts(
             chunk = texts[first : first + size]
             try:
                 states = _one_pass(model, clean, chunk, output, logits, fwd_hooks, way)
-            except (MemoryError, torch.OutOfMemoryError) as error:
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if size == 1:
                     raise ModelError(
                         f"two copies of {len(clean.tokens)} tokens do not fit into memory: shorten "

@@ -26,12 +26,13 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
@@ -53,24 +54,36 @@ class AttentionInputs:
     """Scores s become `softcap * tanh(s / softcap)`."""
     sink_logits: Float[Tensor, "head"] | None = None
     """A learned logit a head that joins each softmax."""
+    visible: Bool[Tensor, "query key"] | None = None
+    """Which keys the host's own mask shows to the queries that `replaced_attention` was asked to
+    look up; None where nothing was asked, or where the host builds its mask in another way."""
 
 
 Attend = Callable[[int, AttentionInputs], Tensor]
 
 
 @contextmanager
-def replaced_attention(model: Any, attend: Attend) -> Iterator[None]:
+def replaced_attention(
+    model: Any, attend: Attend, *, look_up: Sequence[int] = ()
+) -> Iterator[None]:
     """Within the context every layer's attention is what `attend` makes of its inputs.
 
     Masks are left to `attend`, which knows of padding and of no more than `AttentionInputs` says.
     At the end the model is as it was, also after an error.
+
+    Args:
+        model: a `TransformerBridge`.
+        attend: computes the attention of one layer.
+        look_up: indices of queries for which `AttentionInputs.visible` says what the mask shows
+            that the host would have used itself; padding is not in it.
 
     Raises:
         ModelError: the model's attention cannot be replaced; the message says why.
     """
     layers = list(enumerate(_attention_bridges(model)))
     with ExitStack() as stack:
-        _register_with_hugging_face(model, stack, attend, dict(_modules_of(layers)))
+        layer_of = dict(_modules_of(layers))
+        _register_with_hugging_face(model, stack, attend, layer_of, _mask_builder(look_up))
         for layer, component in layers:
             replacement = _replacement(layer, component, attend)
             for name, function in replacement.items():
@@ -83,8 +96,10 @@ def replaced_attention(model: Any, attend: Attend) -> Iterator[None]:
 def sliding_windows(model: Any) -> set[int]:
     """Widths within which some layer may look back, as far as the configuration tells."""
     names = ("sliding_window", "attention_chunk_size", "window_size")
+    owners = [getattr(c, "original_component", None) for c in _attention_bridges(model)]
     config = getattr(getattr(model, "original_model", None), "config", None)
-    owners = [config, *(getattr(c, "original_component", None) for c in _attention_bridges(model))]
+    if set(getattr(config, "layer_types", None) or [""]) != {"full_attention"}:
+        owners.append(config)  # otherwise it may name a width that no layer has
     values = [getattr(owner, name, None) for owner in owners for name in names]
     return {value for value in values if isinstance(value, int) and value > 0}
 
@@ -118,7 +133,11 @@ def _modules_of(layers: list[tuple[int, Any]]) -> Iterator[tuple[int, int]]:
 
 
 def _register_with_hugging_face(
-    model: Any, stack: ExitStack, attend: Attend, layer_of: dict[int, int]
+    model: Any,
+    stack: ExitStack,
+    attend: Attend,
+    layer_of: dict[int, int],
+    build_mask: Callable[..., Tensor | None],
 ) -> None:
     """Register the attention function and its mask builder, and choose them in all configs."""
     try:
@@ -146,13 +165,14 @@ def _register_with_hugging_face(
             window=sliding_window,
             softcap=softcap,
             sink_logits=s_aux,
+            visible=_visible(attention_mask),
         )
         return attend(layer_of[id(module)], inputs), None
 
     name = f"secondary_sinks_{uuid.uuid4().hex}"
     for interface, function in (
         (AttentionInterface, attention),
-        (AttentionMaskInterface, _no_mask),
+        (AttentionMaskInterface, build_mask),
     ):
         interface.register(name, function)
         stack.callback(interface._global_mapping.pop, name, None)
@@ -163,8 +183,29 @@ def _register_with_hugging_face(
         stack.callback(setattr, config, "_attn_implementation_internal", before)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The mask that Hugging Face's model builds for all layers: none."""
+def _mask_builder(look_up: Sequence[int]) -> Callable[..., Tensor | None]:
+    """What Hugging Face's model calls for the mask of each kind of layer.
+
+    The model hands over its rule, a function of a query's and a key's index, which is asked about a
+    few queries; or nothing is built.
+    """
+
+    def build(*_: Any, **arguments: Any) -> Tensor | None:
+        shows = arguments.get("mask_function")
+        if not look_up or shows is None:
+            return None
+        first = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=arguments.get("device"))
+        queries = first + first.new_tensor(look_up)[:, None]
+        keys = first + torch.arange(arguments["kv_length"], device=first.device)
+        visible: Tensor = shows(first, first, queries, keys)
+        return visible
+
+    return build
+
+
+def _visible(mask: Tensor | None) -> Tensor | None:
+    """What `_mask_builder` made, without batch and head."""
+    return None if mask is None or mask.dtype != torch.bool else mask[0, 0]
 
 
 def _configs(model: Any) -> list[Any]:
@@ -223,5 +264,13 @@ def _joint(
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         scale /= layer + 1
     window = getattr(getattr(module, "config", None), "sliding_window", None)
-    output = attend(layer, AttentionInputs(query=q, key=k, value=v, scale=scale, window=window))
+    inputs = AttentionInputs(
+        query=q,
+        key=k,
+        value=v,
+        scale=scale,
+        window=window,
+        visible=_visible(arguments.get("attention_mask")),
+    )
+    output = attend(layer, inputs)
     return component._apply_output_projection(output.reshape(n_batch, n_tokens, -1)), None

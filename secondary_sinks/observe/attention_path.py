@@ -4,12 +4,15 @@ Both give the same numbers. Streaming never holds a pattern and is faster on all
 but the host's hooks between the projections and the heads' outputs do not fire there, silently, and
 a host may do more in its attention than it tells. So nothing is assumed of a model. The first time
 that one is about to stream, a short text is run both ways, once with every hook read, and compared:
-residuals, column statistics, and which hooks showed the same. Whoever needs another hook, and a
+residuals, column statistics, and which hooks showed the same. When a text first exceeds a sliding
+window the same is done beyond it, or, where an eager pass of that length would take much memory,
+some queries of it are computed densely (`observe.window_check`). Whoever needs another hook, and a
 model that does not agree, gets the eager pass.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 import weakref
@@ -34,6 +37,7 @@ from secondary_sinks.models.host import (
     observe,
 )
 from secondary_sinks.models.identity import hooks_aside
+from secondary_sinks.models.memory import is_out_of_memory
 from secondary_sinks.models.streaming import (
     AttentionInputs,
     has_module_hooks,
@@ -42,17 +46,19 @@ from secondary_sinks.models.streaming import (
 )
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.streaming_attention import StreamingAttention
+from secondary_sinks.observe.window_check import window_problem
 
 AttentionChoice = Literal["auto", "streaming", "eager"]
 AttentionPath = Literal["streaming", "eager"]
 Receive = Callable[[int, list[AttentionColumns]], None]
 
 SHORTEST = 256
-"""Tokens from which on `auto` streams. Shorter texts gain nothing from it (measured on two models
-of 24 and 30 layers), and their first one would pay for the comparison."""
+"""Tokens from which on `auto` streams. Shorter texts gain nothing from it (measured on SmolLM2-135M
+alone), and their first one would pay for the comparison."""
 
-_TESTED = 64  # tokens of the comparison, or more than the longest window that the text exceeds
-_BEYOND = 48
+_TESTED = 64  # tokens of the first comparison
+_BEYOND = 48  # and of the next ones, beyond the longest window that the text exceeds
+_EAGER_BUDGET = 1 << 30  # bytes that the eager half of a comparison may take
 _COMPARED = 16  # last tokens, whose residuals are compared: they depend on all others
 
 
@@ -86,6 +92,10 @@ def path_of_attention(
         problem = comparison.problem or _unseen(model, comparison, sites, fwd_hooks)
     except ModelError as error:
         problem = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = "there is no memory left to compare it with the eager pass first"
     if problem and choice == "streaming":
         raise ModelError(f"attention cannot be streamed here: {problem}")
     return "eager" if problem else "streaming"
@@ -148,22 +158,41 @@ _comparisons: weakref.WeakKeyDictionary[Any, dict[int, _Comparison]] = weakref.W
 
 def _comparison(model: Any, tokens: Tensor) -> _Comparison:
     """Compared once a model, and again when a text first exceeds a sliding window."""
-    exceeded = [width for width in sliding_windows(model) if width < len(tokens)]
+    exceeded = {width for width in sliding_windows(model) if width < len(tokens)}
     longest = max(exceeded, default=0)
     known = _comparisons.setdefault(model, {})
     if longest not in known:
         n_tokens = min(len(tokens), max(_TESTED, longest + _BEYOND))
         with hooks_aside(model):
-            known[longest] = _compare(model, tokens[:n_tokens])
+            if not exceeded or _eager_bytes(model, n_tokens) <= _EAGER_BUDGET:
+                known[longest] = _compare(model, tokens[:n_tokens])
+            else:
+                known[longest] = _compare_parts(model, tokens[:n_tokens], exceeded)
     return known[longest]
+
+
+def _eager_bytes(model: Any, n_tokens: int) -> int:
+    """Memory of the eager half: two texts, about five float32 copies of a layer's scores."""
+    return 2 * 20 * describe(model).n_heads * n_tokens**2
+
+
+def _compare_parts(model: Any, tokens: Tensor, widths: set[int]) -> _Comparison:
+    """A short text both ways, and a long one against a few dense queries."""
+    comparison = _compare(model, tokens[:_TESTED])
+    if comparison.problem is not None:
+        return comparison
+    try:
+        problem = window_problem(model, tokens, widths, _tolerance(model))
+    except _HOST_FAILS as error:
+        problem = _reason(error)
+    return dataclasses.replace(comparison, problem=problem)
 
 
 def _compare(model: Any, tokens: Tensor) -> _Comparison:
     try:
         streamed = _Pass(model, tokens, stream=True)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        reason = str(error) if isinstance(error, ModelError) else f"the host fails ({error!r})"
-        return _Comparison(reason, frozenset())
+    except _HOST_FAILS as error:
+        return _Comparison(_reason(error), frozenset())
     eager = _Pass(model, tokens, stream=False)
     difference = streamed.difference(eager)
     tolerance = _tolerance(model)
@@ -175,6 +204,20 @@ def _compare(model: Any, tokens: Tensor) -> _Comparison:
         )
     same = {name for name in eager.hooks if _close(eager.hooks[name], streamed.hooks.get(name))}
     return _Comparison(problem, frozenset(same))
+
+
+_HOST_FAILS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+
+
+def _reason(error: Exception) -> str:
+    """What a host's failure says of streaming; memory may be there another time, and says nothing.
+
+    Raises:
+        RuntimeError: the error itself, if an allocation failed.
+    """
+    if is_out_of_memory(error):
+        raise error
+    return str(error) if isinstance(error, ModelError) else f"the host fails ({error!r})"
 
 
 class _Pass:

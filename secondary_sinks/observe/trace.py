@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
@@ -32,6 +33,7 @@ from secondary_sinks.models.host import (
     observe,
 )
 from secondary_sinks.models.identity import check_residual_identity
+from secondary_sinks.models.memory import is_out_of_memory
 from secondary_sinks.models.text import Message, Text, TokenizedText, is_many, pad, tokenize
 from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 from secondary_sinks.observe.attention_path import (
@@ -200,8 +202,8 @@ def trace(
     Raises:
         InputError: unusable text, collectors or arguments.
         ModelError: the model lacks a site, a hook did not fire as it should, the residual identity
-            does not hold, an activation is NaN or infinite (the first such layer is named), or
-            `attention="streaming"` is not possible.
+            does not hold, an activation is NaN or infinite (the first such layer is named),
+            memory does not suffice, or `attention="streaming"` is not possible.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}; a whole number from 1 on is meant")
@@ -278,13 +280,20 @@ def _trace_batch(
         model, longest.tokens, attention, sites=list(observers), fwd_hooks=fwd_hooks
     )
     lengths = [len(text) for text in texts]
-    if way == "streaming":
-        with streamed_attention(model, lengths, request, receive):
+    if way == "eager" and lookers:
+        _read_patterns(observers, info.n_layers, lengths, request, receive)
+    streamed = way == "streaming"
+    try:
+        with streamed_attention(model, lengths, request, receive) if streamed else nullcontext():
             observe(model, tokens, mask, observers, fwd_hooks=fwd_hooks)
-    else:
-        if lookers:
-            _read_patterns(observers, info.n_layers, lengths, request, receive)
-        observe(model, tokens, mask, observers, fwd_hooks=fwd_hooks)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{len(texts)} texts of {len(longest)} tokens do not fit into memory with {way} "
+            f"attention{_why_eager(model, longest, way, observers, fwd_hooks)}; shorten the text, "
+            "lower batch_size or keep less"
+        ) from error
     return [
         Trace(
             tokens=text.tokens,
@@ -296,6 +305,24 @@ def _trace_batch(
         )
         for text, own in zip(texts, workers, strict=True)
     ]
+
+
+def _why_eager(
+    model: Any,
+    longest: TokenizedText,
+    way: AttentionPath,
+    sites: Iterable[Site],
+    fwd_hooks: Sequence[UserHook],
+) -> str:
+    """What kept a pass that is too large from being streamed."""
+    if way == "eager":
+        try:
+            path_of_attention(
+                model, longest.tokens, "streaming", sites=list(sites), fwd_hooks=fwd_hooks
+            )
+        except ModelError as error:
+            return f" ({error})"
+    return ""
 
 
 def _read_patterns(
