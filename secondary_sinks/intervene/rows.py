@@ -153,8 +153,10 @@ def _resid_mid_editors(
         before.append(activation)
 
     def edit(activation: Tensor) -> Tensor:
-        residual = before.pop()
-        clean = clean_at(before_attention, residual) + clean_at(attention, activation)
+        # In a divided model the block's input may lie on the device of the block before.
+        residual = before.pop().to(activation.device)
+        clean = clean_at(before_attention, residual).to(activation.device)
+        clean = clean + clean_at(attention, activation)
         edited = activation.clone()
         for one, (batch, index) in edits:
             value = residual[batch, index] + edited[batch, index]

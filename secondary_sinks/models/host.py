@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
+from secondary_sinks.models.memory import in_memory
 
 SITE_HOOKS: dict[str, str] = {
     "resid_pre": "blocks.{layer}.hook_resid_pre",
@@ -435,10 +436,12 @@ def _is_centered(model: Any) -> bool:
 
     `HookedTransformer` keeps no record of centering, so the weights are asked.
     """
-    weight = getattr(getattr(model, "embed", None), "W_E", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] < 2:
-        return False
-    rows = weight[:64].detach().float()
+    embedding = getattr(model, "embed", None)
+    with in_memory(getattr(embedding, "original_component", embedding)):
+        weight = getattr(embedding, "W_E", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] < 2:
+            return False
+        rows = weight[:64].detach().float()
     spread = rows.std(dim=1).clamp_min(1e-12)
     return bool((rows.mean(dim=1).abs() / spread).max() < 1e-4) and bool((rows != 0).any())
 

@@ -45,7 +45,10 @@ def check_residual_identity(model: Any, *, n_tokens: int = 8) -> float:
     def add(layer: int) -> Observer:
         def observer(activation: Tensor) -> None:
             part = activation.float()
-            running[layer] = part if layer not in running else running[layer] + part
+            if layer in running:
+                # A block of a divided model gets its input from the device of the block before.
+                part = running[layer].to(part.device) + part
+            running[layer] = part
 
         return observer
 

@@ -66,7 +66,7 @@ def load_model(
             with `.`, `/` or `~` or ends in `.gguf` is always a path, and so is any existing
             folder that no alias shares its name with.
         device: Where to put the weights. None: "cuda" if there is one, else "cpu"; a model in
-            memory stays where it is.
+            memory stays where it is, also one that is divided over several devices.
         dtype: Of the weights. None: float32; a model in memory keeps its own.
         revision: Branch, tag or commit of a hub id.
         kind: "bridge" for a `TransformerBridge`; "hooked" for a `HookedTransformer`, which only
@@ -109,6 +109,14 @@ def load_model(
         name, hf, own = _in_memory(source, tokenizer)
     tokenizer = own if tokenizer is None else copy.deepcopy(tokenizer)
     if device is not None or dtype is not None:
+        places = sorted(
+            {str(place) for place in (getattr(hf, "hf_device_map", None) or {}).values()}
+        )
+        if len(places) > 1 or "disk" in places:
+            raise ModelError(
+                f"{name} is divided over {', '.join(places)} and stays there; leave device and "
+                "dtype out, and choose them where it is loaded (from_pretrained, dispatch_model)."
+            )
         hf = hf.to(device=device, dtype=dtype)
     return _wrap(name, hf.eval(), tokenizer, kind, progress)
 

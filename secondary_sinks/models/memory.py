@@ -1,8 +1,25 @@
-"""When memory runs out: three ways to say it, one question."""
+"""Whether weights are in memory, and whether memory has run out."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
+
+
+def in_memory(module: Any) -> AbstractContextManager[None]:
+    """Within it the module's weights are there, also if they lie on disk between its calls.
+
+    Where accelerate has put a module on disk, a weight that is read from outside is a tensor
+    without numbers (`meta`).
+    """
+    if not any(p.is_meta for p in getattr(module, "parameters", tuple)()):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[None] = align_module_device(module)
+    return context
 
 
 def is_out_of_memory(error: BaseException) -> bool:
