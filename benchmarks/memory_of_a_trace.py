@@ -1,15 +1,22 @@
-"""Peak memory of one observed pass, over a plain forward pass, against `run_with_cache`.
+"""Peak memory of a trace, over a plain forward pass, against `run_with_cache`.
 
-Claim: collecting residual norms, alignment, sink scores, key, value, MLP and attention norms and
-massive activations of every layer and head costs less than 150 MB above a plain forward pass at
-512 tokens of Qwen2.5-0.5B, where `run_with_cache` keeps some 4 GB.
+Claims: (a) collecting residual norms, alignment, sink scores, key, value, MLP and attention norms
+and massive activations of every layer and head takes at most 1.2 times the peak of a plain forward
+pass, weights included, and above the weights at least 20 times less than `run_with_cache`, at 512
+tokens of Qwen2.5-0.5B; (b) with streamed attention 16,384 tokens of SmolLM2-135M stay within 8 GB
+above the weights, where the eager sides, which do not run beyond 2,048 tokens here, would hold 10
+GB for each copy of one layer's scores.
 
-Each side runs in a process of its own, one after the other, and reports the growth of its peak
-resident memory over what it had with the model loaded and warmed up on two tokens. The C library is
-told to give freed tensors back at once (`MALLOC_MMAP_THRESHOLD_`); what it would otherwise keep for
-later differs by hundreds of megabytes from run to run.
+The plain pass is the host's own, with eager attention, and the same with Hugging Face's fast
+attention (SDPA), which holds no pattern; the trace is eager and streamed.
 
-    python benchmarks/memory_of_a_trace.py [--model qwen2.5-coder-0.5b] [--tokens 512] [--repeats 3]
+Each side runs in a process of its own, one after the other, and reports the peak of its resident
+memory during the pass (as Linux tells it), the ratio to the first side's, and how far the peak is
+above what the process had before, with the model loaded and warmed up on a few tokens. The C
+library is told to give freed tensors back at once (`MALLOC_MMAP_THRESHOLD_`); what it would
+otherwise keep for later differs by hundreds of megabytes from run to run.
+
+    python benchmarks/memory_of_a_trace.py [--model smollm2-135m --tokens 512 4096] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -17,33 +24,76 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
 
+PLAIN = "plain, eager"
+CACHE = "run_with_cache"
 SIDES = {
-    "plain forward": "the last position's logits only, no key-value cache",
-    "trace": "all built-in collectors",
-    "run_with_cache": "TransformerLens keeps every activation",
+    PLAIN: "the last position's logits only, no key-value cache",
+    "plain, SDPA": "Hugging Face alone, likewise",
+    "trace, eager": "all built-in collectors of one activation at a time",
+    "trace, streamed": "the same collectors",
+    CACHE: "TransformerLens keeps every activation",
 }
 
+CLAIMED = {"qwen2.5-coder-0.5b": [512], "smollm2-135m": [16384]}
 
-def peak_megabytes() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+EAGER_UP_TO = 2048  # tokens of the sides that hold whole patterns
+
+
+class Measured(NamedTuple):
+    """One run of one side."""
+
+    growth: float
+    """MB of the peak above the loaded model."""
+    peak: float
+    """MB of the peak."""
+    seconds: float
+
+
+def sides_at(n_tokens: int) -> list[str]:
+    """What is run at a length: beyond some, only what holds no pattern."""
+    flat = ("plain, SDPA", "trace, streamed")
+    return [side for side in SIDES if n_tokens <= EAGER_UP_TO or side in flat]
+
+
+def resident(what: Literal["VmRSS", "VmHWM"]) -> float:
+    """MB of this process's memory now, or its peak since it was last forgotten (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return float(status.split(f"{what}:")[1].split()[0]) / 1024
+
+
+def forget_the_peak() -> None:
+    """Let the peak count from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(side: str, model_name: str, n_tokens: int) -> None:
-    """Print growth of the peak in MB and seconds of one side."""
+    """Print growth of the peak, and the peak, in MB, and seconds of one side."""
     import torch
 
     import secondary_sinks as ss
 
-    model = ss.load_model(model_name, progress=False)
-    tokens = torch.arange(1000, 1000 + n_tokens)[None]
+    if side == "plain, SDPA":
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        from secondary_sinks.models.fetch import fetch
+
+        logging.disable_progress_bar()
+        folder = str(fetch(model_name, None, False))
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+        vocabulary = model.config.vocab_size
+    else:
+        model = ss.load_model(model_name, progress=False)
+        vocabulary = int(model.cfg.d_vocab)
+    tokens = (torch.arange(n_tokens) * 7919 % vocabulary)[None]
     collectors = [
         ss.ResidualNorms(),
         ss.ResidualGeometry(),
@@ -52,60 +102,88 @@ def measure(side: str, model_name: str, n_tokens: int) -> None:
         ss.MassiveActivations(),
         *(ss.Norms(site) for site in ("k", "v", "mlp_out", "attn_out")),
     ]
+    plain = {"use_cache": False, "logits_to_keep": 1}
 
     def run(these: torch.Tensor) -> object:
         with torch.no_grad():
-            if side == "plain forward":
-                return model(these, return_type=None, use_cache=False, logits_to_keep=1)
-            if side == "trace":
-                return ss.trace(model, these, collectors)
-            return model.run_with_cache(these, return_type=None)
+            if side == "plain, SDPA":
+                return model(these, **plain).logits
+            if side == PLAIN:
+                return model(these, return_type=None, **plain)
+            if side == CACHE:
+                return model.run_with_cache(these, return_type=None)
+            way = "eager" if side == "trace, eager" else "streaming"
+            return ss.trace(model, these, collectors, attention=way)
 
-    run(tokens[:, :2])
+    run(tokens[:, :64])  # with the comparison that comes before a model's first streamed pass
     # Weights are mapped from disk and become resident when first read: read them all now.
-    touched = sum(float(p.sum()) for p in model.parameters())
-    before, began = peak_megabytes(), time.perf_counter()
+    touched = sum(float(p.detach().sum()) for p in model.parameters())
+    forget_the_peak()
+    before, began = resident("VmRSS"), time.perf_counter()
     kept = run(tokens)
-    print(peak_megabytes() - before, time.perf_counter() - began, touched != 0, type(kept).__name__)
+    took, peak = time.perf_counter() - began, resident("VmHWM")
+    print(peak - before, peak, took, touched != 0, type(kept).__name__)
+
+
+def measured(side: str, model_name: str, n_tokens: int) -> Measured:
+    """Run one side in a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--model", model_name]
+    command += ["--tokens", str(n_tokens)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    ).stdout
+    return Measured(*map(float, output.split()[:3]))
+
+
+def report(model_name: str, n_tokens: int, repeats: int) -> None:
+    """Measure all sides at one length, in turn, and print their table."""
+    sides = sides_at(n_tokens)
+    runs: dict[str, list[Measured]] = {side: [] for side in sides}
+    for _ in range(repeats):  # interleaved, so that drift of the machine cancels
+        for side in sides:
+            runs[side].append(measured(side, model_name, n_tokens))
+    middle = {
+        side: Measured(*(statistics.median(column) for column in zip(*found, strict=True)))
+        for side, found in runs.items()
+    }
+    base = middle[sides[0]]
+    print(f"\n{model_name}, {n_tokens} tokens, median of {repeats} runs")
+    print(f"{'':<17}{'peak MB':>9}{'ratio':>7}{'above weights MB':>18}{'seconds':>9}")
+    for side, found in middle.items():
+        print(
+            f"{side:<17}{found.peak:>9.0f}{found.peak / base.peak:>7.2f}{found.growth:>18.0f}"
+            f"{found.seconds:>9.2f}   {SIDES[side]}"
+        )
+    if CACHE in middle:
+        for side in ("trace, eager", "trace, streamed"):
+            times = middle[CACHE].growth / max(middle[side].growth, 1)
+            print(f"{CACHE} over {side}, above the weights: {times:.1f}")
 
 
 def main() -> None:
-    """Measure all sides in turn and print their table."""
+    """Measure all models and lengths in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="qwen2.5-coder-0.5b")
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--model", help="An alias; without, the models and lengths of the claims.")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        measure(options.side, options.model, options.tokens)
+        measure(options.side, options.model, options.tokens[0])
         return
     import torch
     import transformers
 
-    runs: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
-    for _ in range(options.repeats):  # interleaved, so that drift of the machine cancels
-        for side in SIDES:
-            command = [sys.executable, __file__, "--side", side, "--model", options.model]
-            command += ["--tokens", str(options.tokens)]
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
-            output = subprocess.run(
-                command, check=True, capture_output=True, text=True, env=environment
-            ).stdout
-            memory, seconds = output.split()[:2]
-            runs[side].append((float(memory), float(seconds)))
-    plain = statistics.median(memory for memory, _ in runs["plain forward"])
-    print(f"{options.model}, {options.tokens} tokens, median of {options.repeats} runs")
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads; torch {torch.__version__}, "
         f"transformers {transformers.__version__}, "
         f"transformer-lens {version('transformer-lens')}"
     )
-    print(f"{'':<16}{'peak MB':>10}{'above plain MB':>16}{'seconds':>10}")
-    for side, what in SIDES.items():
-        memory = statistics.median(m for m, _ in runs[side])
-        seconds = statistics.median(s for _, s in runs[side])
-        print(f"{side:<16}{memory:>10.0f}{memory - plain:>16.0f}{seconds:>10.2f}   {what}")
+    chosen = {options.model: options.tokens} if options.model else CLAIMED
+    for model, lengths in chosen.items():
+        for n_tokens in lengths:
+            report(model, n_tokens, options.repeats)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""Time of an import, of `--help` and of loading a cached model, over what cannot be avoided.
+
+Claims: importing the package costs a few hundredths of a second over an interpreter that does
+nothing, and `secondary-sinks --help` about a tenth, because nothing heavy is imported before it is
+used; loading a cached model costs little over importing its libraries and reading the same folder
+with Hugging Face alone.
+
+Every side is a process of its own; the sides take turns, and the shortest time of each counts,
+because the first reads its files from disk and later ones from the system's cache. A ratio is to
+the side that is named behind it.
+
+    python benchmarks/loading.py [--model smollm2-135m] [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+HUGGING_FACE = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoTokenizer.from_pretrained({folder!r})
+AutoModelForCausalLM.from_pretrained({folder!r}, attn_implementation="eager")
+"""
+LOAD = "import secondary_sinks\nsecondary_sinks.load_model({model!r}, progress=False)"
+HELP = """
+import sys
+from secondary_sinks.cli import main
+sys.argv = ["secondary-sinks", "--help"]
+main()
+"""
+
+PASS = "python -c pass"
+LIBRARIES = "import torch, transformers, transformer_lens"
+READ = "the same, and read the folder with transformers"
+
+
+def sides(model: str, folder: str) -> dict[str, tuple[str, str]]:
+    """Code of each side, and the side that it is compared with."""
+    return {
+        PASS: ("pass", PASS),
+        "import secondary_sinks": ("import secondary_sinks", PASS),
+        "secondary-sinks --help": (HELP, PASS),
+        LIBRARIES: (LIBRARIES, PASS),
+        READ: (LIBRARIES + HUGGING_FACE.format(folder=folder), LIBRARIES),
+        f"load_model({model!r})": (LOAD.format(model=model), READ),
+    }
+
+
+def seconds(code: str) -> float:
+    """Wall time of a new interpreter that runs `code`."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Measure all sides in turn and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="An alias that needs no hub.")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+
+    from secondary_sinks.models.fetch import fetch
+
+    folder = str(fetch(options.model, None, False))  # in the cache from now on
+    compared = sides(options.model, folder)
+    times: dict[str, list[float]] = {side: [] for side in compared}
+    for _ in range(options.repeats):  # interleaved, so that drift of the machine cancels
+        for side, (code, _) in compared.items():
+            times[side].append(seconds(code))
+    shortest = {side: min(found) for side, found in times.items()}
+    packages = ("torch", "transformers", "transformer-lens")
+    print(f"shortest of {options.repeats}; {platform.machine()}, Python", end=" ")
+    print(platform.python_version(), *(f"{name} {version(name)}" for name in packages), sep=", ")
+    print(f"{'':<50}{'seconds':>9}{'ratio':>8}   to")
+    for side, (_, base) in compared.items():
+        ratio = shortest[side] / shortest[base]
+        print(f"{side:<50}{shortest[side]:>9.2f}{ratio:>8.2f}   {base}")
+
+
+if __name__ == "__main__":
+    main()
