@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.models.memory import in_memory
+from secondary_sinks.models.condition import processing, refuse_dropout
 
 SITE_HOOKS: dict[str, str] = {
     "resid_pre": "blocks.{layer}.hook_resid_pre",
@@ -132,7 +132,7 @@ def describe(model: Any) -> HostInfo:
         d_model=int(cfg.d_model),
         n_ctx=int(cfg.n_ctx) if getattr(cfg, "n_ctx", None) else None,
         dtype=str(getattr(cfg, "dtype", "")).removeprefix("torch."),
-        processing=_processing(model),
+        processing=processing(model),
     )
 
 
@@ -202,7 +202,7 @@ def forward(
     Raises:
         ModelError: as `observe`.
     """
-    _refuse_dropout(model)
+    refuse_dropout(model, _name(model))
     fired = [0] * len(editors)
 
     def hook_of(index: int, editor: Editor) -> Callable[..., Tensor | None]:
@@ -379,32 +379,6 @@ def _cheap_forward_arguments(model: Any, *, logits: bool) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in accepted}
 
 
-def _refuse_dropout(model: Any) -> None:
-    if not isinstance(model, torch.nn.Module):
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and module.training and module.p > 0:
-            raise ModelError(
-                f"{_name(model)!r} is in training mode with dropout ({name}), so its activations "
-                "are random; call model.eval() first"
-            )
-    # Attention dropout and router noise are applied by functions, which no module shows.
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    settings = config.to_dict() if config is not None else {}
-    for name, value in settings.items():
-        random = "dropout" in name or name.endswith("_pdrop") or "jitter" in name
-        if (
-            random
-            and isinstance(value, float)
-            and value > 0
-            and any(module.training for module in model.modules())
-        ):
-            raise ModelError(
-                f"{_name(model)!r} is in training mode with {name}={value}, so its activations are "
-                "random; call model.eval() first"
-            )
-
-
 def _input_device(model: Any) -> torch.device:
     parameters = getattr(model, "parameters", None)
     if parameters is None:
@@ -417,33 +391,6 @@ def _generation(model: Any) -> Literal["bridge", "hooked", "other"]:
     if "TransformerBridge" in names:
         return "bridge"
     return "hooked" if "HookedTransformer" in names else "other"
-
-
-def _processing(model: Any) -> tuple[str, ...]:
-    """What was done to the weights, as far as the host or the weights themselves tell."""
-    found = []
-    if getattr(model, "_weights_processed", False):
-        found.append("weights processed by TransformerLens")
-    if str(getattr(model.cfg, "normalization_type", "") or "").endswith("Pre"):
-        found.append("layer norms folded into the weights")
-    if _is_centered(model):
-        found.append("writing weights centered")
-    return tuple(found)
-
-
-def _is_centered(model: Any) -> bool:
-    """Whether every word's embedding has mean zero, which centering makes so and training never.
-
-    `HookedTransformer` keeps no record of centering, so the weights are asked.
-    """
-    embedding = getattr(model, "embed", None)
-    with in_memory(getattr(embedding, "original_component", embedding)):
-        weight = getattr(embedding, "W_E", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] < 2:
-            return False
-        rows = weight[:64].detach().float()
-    spread = rows.std(dim=1).clamp_min(1e-12)
-    return bool((rows.mean(dim=1).abs() / spread).max() < 1e-4) and bool((rows != 0).any())
 
 
 def _name(model: Any) -> str:
