@@ -155,7 +155,8 @@ def counterfactuals(
         chat: the string goes through the chat template.
         memory_budget: bytes that the attention of a packed pass may take; decides how many rows
             share a pass, and nothing else.
-        fwd_hooks: hooks of your own, in force in the clean run as well.
+        fwd_hooks: hooks of your own, in force in the clean run as well. Hooks that look at
+            positions would not find the rows; "auto" sees it and runs full passes.
         progress: show a progress bar; None shows one for more than one pass.
 
     Raises:
