@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
+from secondary_sinks.models.memory import in_memory
 
 
 def refuse_dropout(model: Any, name: str) -> None:
