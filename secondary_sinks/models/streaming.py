@@ -105,11 +105,16 @@ def sliding_windows(model: Any) -> set[int]:
 
 
 def has_module_hooks(model: Any) -> bool:
-    """Whether ordinary PyTorch hooks of attention modules would see something else."""
+    """Whether ordinary PyTorch hooks of attention modules would see something else.
+
+    Those of transformers itself do not count: once somebody has asked a model for its hidden
+    states, each of its modules has one for good, which looks only while it is asked again.
+    """
     return any(
-        module._forward_hooks or module._forward_pre_hooks
+        not getattr(hook, "__module__", "").startswith("transformers.")
         for component in _attention_bridges(model)
         for module in (component, component.original_component)
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
 
 

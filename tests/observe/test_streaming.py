@@ -233,6 +233,17 @@ def test_a_collector_of_patterns_gets_them(tiny, tokens_of, long_texts):
     handle.remove()
 
 
+def test_a_model_that_was_asked_for_its_hidden_states_streams(make_tiny, tokens_of):
+    """Transformers leaves hooks of its own on all modules then."""
+    model, tokens = make_tiny("llama"), tokens_of(N)
+    before = ss.trace(model, tokens, [ss.SinkScores()], attention="streaming")["SinkScores"]
+    with torch.no_grad():
+        model.original_model(tokens[None], output_hidden_states=True, output_attentions=True)
+    assert model.blocks[0].attn.original_component._forward_hooks
+    after = ss.trace(model, tokens, [ss.SinkScores()], attention="streaming")["SinkScores"]
+    assert torch.equal(after.nan_to_num(), before.nan_to_num())
+
+
 def test_auto_streams_long_texts(tiny, tokens_of, long_texts):
     model = tiny("llama")
     lengths = (attention_path.SHORTEST - 1, attention_path.SHORTEST)
