@@ -4,7 +4,8 @@
 
 Each model is loaded once, the sinks of its texts are found once, and the questions that several
 experiments share (writers, removals) are asked once. An experiment that fails is reported in the
-index and does not stop the others; the exit code is then 1.
+index and does not stop the others; the exit code is then 1. The index is of all models whose
+results stand in the folder, so that another model can be added later, or run at the same time.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import importlib
 import platform
 import time
 import traceback
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from levels_over_models import run_models
-from shared import MAX_TOKENS, N_TEXTS, Bench, Outcome, make_bench, write
+from shared import MAX_TOKENS, N_TEXTS, Bench, make_bench, write
 
 import secondary_sinks as ss
 
@@ -43,62 +43,63 @@ EXPERIMENTS = (
 )
 MODELS = ("qwen2.5-coder-0.5b", "smollm2-135m")
 
+LEVELS, ABOUT = "levels.safetensors", "about.txt"
 
-def run_on(bench: Bench, folder: Path) -> tuple[dict[str, Outcome], list[str]]:
-    """All experiments on one model; outcomes, and the names of those that failed."""
-    outcomes, failed = {}, []
+
+def run_on(bench: Bench, folder: Path) -> list[str]:
+    """All experiments on one model, into a folder; returns the names of those that failed."""
+    failed = []
     for name in EXPERIMENTS:
         began = time.perf_counter()
         try:
-            outcomes[name] = importlib.import_module(name).run(bench)
-            write(outcomes[name], name, folder)
+            write(importlib.import_module(name).run(bench), name, folder)
         except Exception:
             failed.append(name)
             typer.echo(traceback.format_exc(), err=True)
         typer.echo(f"{bench.name}: {name}, {time.perf_counter() - began:.0f} s", err=True)
-    return outcomes, failed
+    ss.sink_levels(bench.maps).save(folder / LEVELS)
+    (folder / ABOUT).write_text(f"{bench.about()}\n", encoding="utf-8")
+    return failed
 
 
-def index(
-    outcomes: dict[str, dict[str, Outcome]], abouts: Sequence[str], over_models: Outcome
-) -> str:
-    """The index page: each claim with its verdicts and figures, model by model."""
+def index(out: Path) -> str:
+    """The page of all models whose results stand below `out`: verdicts and figures by claim."""
+    folders = sorted(path.parent for path in out.glob(f"*/{ABOUT}"))
     lines = [
         "# Results",
         "",
         "Made by `make experiments`. The verdicts are written by the scripts from what they "
         "measured, by the rule that each states; they speak of these models and texts.",
         "",
-        *(f"* {about}" for about in abouts),
+        *(f"* {(folder / ABOUT).read_text().strip()}" for folder in folders),
         "",
         f"{platform.machine()}, Python {platform.python_version()}, torch {version('torch')}, "
         f"transformers {version('transformers')}, "
         f"transformer-lens {version('transformer-lens')}, secondary_sinks {ss.__version__}.",
         "",
-        "| experiment | " + " | ".join(outcomes) + " |",
-        "|---|" + "---|" * len(outcomes),
+        "| experiment | " + " | ".join(folder.name for folder in folders) + " |",
+        "|---|" + "---|" * len(folders),
     ]
     for name in EXPERIMENTS:
-        cells = [own[name].verdict.answer if name in own else "failed" for own in outcomes.values()]
+        cells = [_verdict(folder, name).split("**")[1].rstrip(".") for folder in folders]
         lines.append(f"| [{name}](#{name.replace('_', '-')}) | " + " | ".join(cells) + " |")
     for name in EXPERIMENTS:
         claim = (importlib.import_module(name).__doc__ or "").strip()
         title, _, rest = claim.partition("\n")
-        lines += ["", f'<a id="{name.replace("_", "-")}"></a>', "", f"## {title.rstrip('.')}"]
-        lines += ["", rest.strip()]
-        for model, own in outcomes.items():
-            lines += ["", f"### {model}", ""]
-            lines += _section(own[name], model) if name in own else ["The experiment failed."]
-    lines += ["", "## Levels over models", "", *_section(over_models, "")]
+        lines += ["", f"({name.replace('_', '-')})=", f"## {title.rstrip('.')}", "", rest.strip()]
+        for folder in folders:
+            figures = sorted(path.name for path in folder.glob(f"{name}*.png"))
+            lines += ["", f"### {folder.name}", "", _verdict(folder, name)]
+            for figure in figures:
+                lines += ["", f"![{name} in {folder.name}]({folder.name}/{figure})"]
+    lines += ["", "## Levels over models", "", _verdict(out, "levels_over_models")]
+    lines += ["", "![sink levels of every model](levels_over_models.png)"]
     return "\n".join(lines) + "\n"
 
 
-def _section(outcome: Outcome, folder: str) -> list[str]:
-    lines = [str(outcome.verdict)]
-    for stem in outcome.figures:
-        path = f"{folder}/{stem}.png" if folder else f"{stem}.png"
-        lines += ["", f"![{stem}]({path})"]
-    return lines
+def _verdict(folder: Path, name: str) -> str:
+    path = folder / f"{name}.txt"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "**Failed.** See the log."
 
 
 def main(
@@ -109,18 +110,13 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=2, help="Cut each text.")] = MAX_TOKENS,
 ) -> None:
     """Run every experiment on every model."""
-    outcomes: dict[str, dict[str, Outcome]] = {}
-    abouts, levels, failed = [], [], []
+    failed = []
     for name in model or MODELS:
         bench = make_bench(name, texts, n_texts=n_texts, max_tokens=max_tokens)
-        folder = Path(name).name
-        outcomes[folder], missing = run_on(bench, out / folder)
-        failed += missing
-        abouts.append(bench.about())
-        levels.append(ss.sink_levels(bench.maps))
-    over_models = run_models(levels)
-    write(over_models, "levels_over_models", out)
-    (out / "index.md").write_text(index(outcomes, abouts, over_models), encoding="utf-8")
+        failed += run_on(bench, out / Path(name).name)
+    levels = [ss.SinkLevels.load(path) for path in sorted(out.glob(f"*/{LEVELS}"))]
+    write(run_models(levels), "levels_over_models", out)
+    (out / "index.md").write_text(index(out), encoding="utf-8")
     typer.echo(out / "index.md")
     if failed:
         raise typer.Exit(1)

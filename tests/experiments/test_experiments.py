@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import secondary_sinks as ss
 from secondary_sinks.models.planted import PlantedPhase, PlantedSink
@@ -96,11 +97,28 @@ def test_all_of_them_in_one_command(monkeypatch, tmp_path):
     monkeypatch.setattr(run_all, "EXPERIMENTS", ("figure_2_levels", "claim_1_writers"))
     run_all.main(model=["planted"], texts=None, out=tmp_path, n_texts=4, max_tokens=400)
     page = (tmp_path / "index.md").read_text()
-    assert "| [claim_1_writers](#claim-1-writers) | supported |" in page
+    assert "| [claim_1_writers](#claim-1-writers) | Supported |" in page
     for name in ("figure_2_levels", "claim_1_writers"):
         assert f"![{name}](planted/{name}.png)" in page
         assert (tmp_path / "planted" / f"{name}.png").exists()
     assert (tmp_path / "levels_over_models.png").exists()
+    run_all.main(model=["another"], texts=None, out=tmp_path, n_texts=4, max_tokens=400)
+    page = (tmp_path / "index.md").read_text()
+    assert "| [claim_1_writers](#claim-1-writers) | supported | Supported |" in page
+
+
+def test_a_failed_experiment_stops_no_other(monkeypatch, tmp_path):
+    def fail(bench):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(run_all, "make_bench", lambda *args, **kwargs: bench())
+    monkeypatch.setattr(run_all, "EXPERIMENTS", ("claim_2_dose", "figure_2_levels"))
+    monkeypatch.setattr(importlib.import_module("claim_2_dose"), "run", fail)
+    with pytest.raises(typer.Exit):
+        run_all.main(model=["planted"], texts=None, out=tmp_path, n_texts=4, max_tokens=400)
+    page = (tmp_path / "index.md").read_text()
+    assert "| [claim_2_dose](#claim-2-dose) | Failed |" in page
+    assert "| [figure_2_levels](#figure-2-levels) | Supported |" in page
 
 
 def test_every_script_is_run():
