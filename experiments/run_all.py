@@ -82,11 +82,11 @@ def index(out: Path) -> str:
     ]
     for name in EXPERIMENTS:
         cells = [_verdict(folder, name).split("**")[1].rstrip(".") for folder in folders]
-        lines.append(f"| [{name}](#{name.replace('_', '-')}) | " + " | ".join(cells) + " |")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     for name in EXPERIMENTS:
         claim = (importlib.import_module(name).__doc__ or "").strip()
         title, _, rest = claim.partition("\n")
-        lines += ["", f"({name.replace('_', '-')})=", f"## {title.rstrip('.')}", "", rest.strip()]
+        lines += ["", f"## {title.rstrip('.')}", "", f"`experiments/{name}.py`. {rest.strip()}"]
         for folder in folders:
             figures = sorted(path.name for path in folder.glob(f"{name}*.png"))
             lines += ["", f"### {folder.name}", "", _verdict(folder, name)]

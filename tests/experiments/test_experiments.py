@@ -97,14 +97,14 @@ def test_all_of_them_in_one_command(monkeypatch, tmp_path):
     monkeypatch.setattr(run_all, "EXPERIMENTS", ("figure_2_levels", "claim_1_writers"))
     run_all.main(model=["planted"], texts=None, out=tmp_path, n_texts=4, max_tokens=400)
     page = (tmp_path / "index.md").read_text()
-    assert "| [claim_1_writers](#claim-1-writers) | Supported |" in page
+    assert "| `claim_1_writers` | Supported |" in page
     for name in ("figure_2_levels", "claim_1_writers"):
         assert f"![{name}](planted/{name}.png)" in page
         assert (tmp_path / "planted" / f"{name}.png").exists()
     assert (tmp_path / "levels_over_models.png").exists()
     run_all.main(model=["another"], texts=None, out=tmp_path, n_texts=4, max_tokens=400)
     page = (tmp_path / "index.md").read_text()
-    assert "| [claim_1_writers](#claim-1-writers) | supported | Supported |" in page
+    assert "| `claim_1_writers` | supported | Supported |" in page
 
 
 def test_a_failed_experiment_stops_no_other(monkeypatch, tmp_path):
@@ -117,8 +117,8 @@ def test_a_failed_experiment_stops_no_other(monkeypatch, tmp_path):
     with pytest.raises(typer.Exit):
         run_all.main(model=["planted"], texts=None, out=tmp_path, n_texts=4, max_tokens=400)
     page = (tmp_path / "index.md").read_text()
-    assert "| [claim_2_dose](#claim-2-dose) | Failed |" in page
-    assert "| [figure_2_levels](#figure-2-levels) | Supported |" in page
+    assert "| `claim_2_dose` | Failed |" in page
+    assert "| `figure_2_levels` | Supported |" in page
 
 
 def test_every_script_is_run():
