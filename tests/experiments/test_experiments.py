@@ -104,7 +104,7 @@ def test_all_of_them_in_one_command(monkeypatch, tmp_path):
     assert (tmp_path / "levels_over_models.png").exists()
     run_all.main(model=["another"], texts=None, out=tmp_path, n_texts=4, max_tokens=400)
     page = (tmp_path / "index.md").read_text()
-    assert "| `claim_1_writers` | supported | Supported |" in page
+    assert "| `claim_1_writers` | Supported | Supported |" in page
 
 
 def test_a_failed_experiment_stops_no_other(monkeypatch, tmp_path):
