@@ -388,7 +388,9 @@ def test_json_has_null_for_what_is_not_known(invented_maps):
 
 def test_interrupting_is_clean(tmp_path):
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # Whatever started the tests in the background may have set it aside.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import secondary_sinks.models.load as load\n"
         "def slow(*args, **kwargs):\n"
         "    print('loading now', file=sys.stderr, flush=True)\n"

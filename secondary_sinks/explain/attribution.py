@@ -69,6 +69,8 @@ class DirectWrite:
 
     embedding: Float[Tensor, "sink"]
     mlp: Float[Tensor, "sink layer"]
+    mlp_norm: Float[Tensor, "sink layer"]
+    """Norm of each MLP's output at the token, in any direction."""
     attention: Float[Tensor, "sink layer"]
     projection: Float[Tensor, "sink layer"]
     """Of the residual after each block."""

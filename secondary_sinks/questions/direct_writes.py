@@ -51,15 +51,18 @@ def sink_directions(clean: CleanRun, layers: Sequence[int]) -> Float[Tensor, "la
     return torch.nn.functional.normalize(clean.primary[index] - clean.common[index], dim=-1)
 
 
-def checked_write(
-    model: Any, found: tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float]
-) -> DirectWrite:
+_Found = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]
+"""By site, [sink, layer]: parts, means of ordinary tokens, norms; and the precision."""
+
+
+def checked_write(model: Any, found: _Found) -> DirectWrite:
     """What `Projections` found, once it is seen that the parts add up.
 
     Raises:
         ModelError: they do not.
     """
-    parts, ordinary, norm, eps = found
+    parts, ordinary, norms, eps = found
+    norm = norms["resid_post"]
     embedding = parts["resid_pre"][:, 0]
     summed = embedding[:, None] + (parts["mlp_out"] + parts["attn_out"]).cumsum(dim=1)
     # Rounding of a massive residual stays in the sum after the massive part was erased.
@@ -76,6 +79,7 @@ def checked_write(
     return DirectWrite(
         embedding=embedding,
         mlp=parts["mlp_out"],
+        mlp_norm=norms["mlp_out"],
         attention=parts["attn_out"],
         projection=parts["resid_post"],
         ordinary_mlp=ordinary["mlp_out"],
@@ -105,7 +109,7 @@ class Projections(Collector):
         shape = (len(self._positions), run.n_layers)
         self._parts = {site: torch.zeros(shape) for site in self.sites}
         self._means = {site: torch.zeros(shape) for site in self.sites}
-        self._norm = torch.zeros(shape)
+        self._norms = {site: torch.zeros(shape) for site in self.sites}
         self._eps = 0.0
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
@@ -114,10 +118,10 @@ class Projections(Collector):
         self._parts[site][:, layer] = (own * self._directions).sum(dim=-1)
         mean = activation[self._ordinary.to(activation.device)].float().mean(dim=0).cpu()
         self._means[site][:, layer] = self._directions @ mean
+        self._norms[site][:, layer] = own.norm(dim=-1)
         if site == "resid_post":
-            self._norm[:, layer] = own.norm(dim=-1)
             self._eps = max(self._eps, torch.finfo(activation.dtype).eps)
 
-    def result(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float]:
-        """Parts, means of ordinary tokens, residual norms, and the precision of the model."""
-        return self._parts, self._means, self._norm, self._eps
+    def result(self) -> _Found:
+        """Parts, means of ordinary tokens, norms, and the precision of the model."""
+        return self._parts, self._means, self._norms, self._eps

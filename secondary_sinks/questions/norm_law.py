@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.corpus import Found, distinct_sinks, listed, repeats_note
@@ -14,8 +13,6 @@ from secondary_sinks.explain.norm_law import NormLaw, notes_on, relate
 from secondary_sinks.explain.sinks import Sink, SinkMap
 from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
-from secondary_sinks.observe.collectors import Norms
-from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.questions.direct_writes import direct_writes
 from secondary_sinks.questions.given import sink_maps_of
 
@@ -114,16 +111,14 @@ def _written(
     """Of each sink of one text: the writer, the norm of its output, its length along the sink
     direction."""
     writes = direct_writes(model, sinks, chosen, fwd_hooks=fwd_hooks)
-    tokens = cast(Tensor, sinks.tokens)
-    found = cast(Trace, trace(model, tokens, [Norms("mlp_out", "mlp")], fwd_hooks=fwd_hooks))
     rows = []
     for index, sink in enumerate(chosen):
         if writers is None:
             layer = int(writes.excess[index, : sink.l_start + 1].argmax())
         else:
             layer = _given(writers, sink, int(sinks.model["n_layers"]))
-        norm = float(found["mlp"][layer, sink.position])
-        rows.append((layer, norm, float(writes.mlp[index, layer])))
+        norm, length = writes.mlp_norm[index, layer], writes.mlp[index, layer]
+        rows.append((layer, float(norm), float(length)))
     return rows
 
 

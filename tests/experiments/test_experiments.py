@@ -99,7 +99,7 @@ def test_all_of_them_in_one_command(monkeypatch, tmp_path):
     page = (tmp_path / "index.md").read_text()
     assert "| `claim_1_writers` | Supported |" in page
     for name in ("figure_2_levels", "claim_1_writers"):
-        assert f"![{name}](planted/{name}.png)" in page
+        assert f"![{name} in planted](planted/{name}.png)" in page
         assert (tmp_path / "planted" / f"{name}.png").exists()
     assert (tmp_path / "levels_over_models.png").exists()
     run_all.main(model=["another"], texts=None, out=tmp_path, n_texts=4, max_tokens=400)
