@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-LENGTHS = (200, 400, 800, 1600)
+LENGTHS = (200, 400, 800)
 COUNTS = (24, 168, 672, 2688)
 
 
@@ -60,7 +60,7 @@ def draw(found: dict[tuple[int, int], tuple[float, float]], path: Path) -> None:
         figure = new_figure(6.4, 2.7)
         for number, label in enumerate(("seconds", "MB above the model")):
             axes = add_panel(figure, 0.7 + number * 3.1, 0.25, 2.4, 1.9)
-            for shade, length in zip((0.35, 0.55, 0.75, 1.0), LENGTHS, strict=True):
+            for shade, length in zip((0.4, 0.7, 1.0), LENGTHS, strict=True):
                 values = [found[length, count][number] for count in COUNTS]
                 axes.plot(
                     COUNTS, values, marker="o", markersize=3, color=(0, 0.45 * shade, 0.7 * shade),
