@@ -51,8 +51,9 @@ def main() -> None:
         if not options.only or script.stem in options.only:
             print(script.stem, flush=True)
             known[script.stem] = section(script)
-    ordered = [known[script.stem] for script in scripts if script.stem in known]
-    PAGE.write_text("\n".join([HEAD, *ordered]))
+            # After each, so that an interruption loses one and not all.
+            ordered = [known[other.stem] for other in scripts if other.stem in known]
+            PAGE.write_text("\n".join([HEAD, *ordered]))
 
 
 def _sections(page: str) -> dict[str, str]:
