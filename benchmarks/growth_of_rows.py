@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 LENGTHS = (200, 400, 800)
-COUNTS = (24, 168, 672, 1344)
+COUNTS = (24, 168, 672)
 
 
 def peak_megabytes() -> float:
