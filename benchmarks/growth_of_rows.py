@@ -1,9 +1,9 @@
 """How time and memory of counterfactual rows grow with their number and with the text.
 
-Every cell of the table is a process of its own, so that peaks of memory do not mix: it loads the
-model, answers two rows (with the self-test), and then reports the seconds of a whole call of
-`counterfactuals` and the growth of its peak resident memory. Cells are visited in turn in every
-repetition. Rows beyond twice the tokens are run in several passes, so memory stops growing there.
+Each cell of the table is a whole call of `counterfactuals` (with its clean run): seconds, and the
+largest resident memory during the call above what the process had before (Linux). Cells are
+visited in turn in every repetition. Rows beyond twice the tokens are run in several passes, so
+memory stops growing there. The C library is told to give freed tensors back at once.
 
     python benchmarks/growth_of_rows.py [--model qwen2.5-coder-0.5b] [--out folder for the figure]
 """
@@ -13,43 +13,33 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from memory_of_a_trace import forget_the_peak, resident
 
 LENGTHS = (200, 400, 800)
 COUNTS = (24, 168, 672)
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 
 
-def peak_megabytes() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def measure(model_name: str, n_tokens: int, n_rows: int) -> None:
-    """Print seconds, and MB above what the process had before."""
-    import torch
-
+def measure(model: Any, sinks: Any, n_rows: int) -> tuple[float, float]:
+    """Seconds of one call, and MB above what the process had before."""
     import secondary_sinks as ss
 
-    model = ss.load_model(model_name, progress=False)
-    text = torch.arange(1000, 1000 + n_tokens)
-    sinks = ss.detect_sinks(model, text[:64])
-    n_layers, n_positions = int(sinks.model["n_layers"]), -(-n_rows // int(sinks.model["n_layers"]))
-    step = max(1, (n_tokens - 2) // n_positions)
+    n_layers = int(sinks.model["n_layers"])
+    step = max(1, (sinks.n_tokens - 2) // -(-n_rows // n_layers))
     rows = [
         ss.Intervention("mlp_out", i % n_layers, 1 + i // n_layers * step, ss.Zero())
         for i in range(n_rows)
     ]
-    ss.counterfactuals(model, sinks, [ss.Intervention("mlp_out", 0, 1, ss.Zero())])
-    sinks = ss.detect_sinks(model, text)
-    touched = sum(float(p.sum()) for p in model.parameters())  # weights are read when first used
-    before, began = peak_megabytes(), time.perf_counter()
+    forget_the_peak()
+    before, began = resident("VmRSS"), time.perf_counter()
     ss.counterfactuals(model, sinks, rows, progress=False)
-    print(time.perf_counter() - began, peak_megabytes() - before, touched != 0)
+    return time.perf_counter() - began, resident("VmHWM") - before
 
 
 def draw(found: dict[tuple[int, int], tuple[float, float]], path: Path) -> None:
@@ -62,10 +52,10 @@ def draw(found: dict[tuple[int, int], tuple[float, float]], path: Path) -> None:
             axes = add_panel(figure, 0.7 + number * 3.1, 0.25, 2.4, 1.9)
             for shade, length in zip((0.4, 0.7, 1.0), LENGTHS, strict=True):
                 values = [found[length, count][number] for count in COUNTS]
+                color = (0, 0.45 * shade, 0.7 * shade)
                 axes.plot(
-                    COUNTS, values, marker="o", markersize=3, color=(0, 0.45 * shade, 0.7 * shade),
-                    alpha=shade, label=f"{length:,} tokens",
-                )  # fmt: skip
+                    COUNTS, values, marker="o", markersize=3, color=color, label=f"{length} tokens"
+                )
             axes.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
         axes.legend(loc="upper left")
         save_figure(figure, path)
@@ -77,28 +67,22 @@ def main() -> None:
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for growth_of_rows.png")
-    parser.add_argument("--cell", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        measure(options.model, *options.cell)
-        return
+    if not RETURN_MEMORY.items() <= os.environ.items():
+        # The C library reads it when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURN_MEMORY)
     import torch
 
+    import secondary_sinks as ss
+
+    model = ss.load_model(options.model, progress=False)
+    maps = {n: ss.detect_sinks(model, torch.arange(1000, 1000 + n)) for n in LENGTHS}
     cells = [(length, count) for length in LENGTHS for count in COUNTS]
     runs: dict[tuple[int, int], list[tuple[float, float]]] = {cell: [] for cell in cells}
+    measure(model, maps[LENGTHS[0]], 1)  # the self-test, once a model
     for _ in range(options.repeats):
-        for cell in cells:
-            command = [sys.executable, __file__, "--model", options.model, "--cell"]
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
-            output = subprocess.run(
-                [*command, *map(str, cell)],
-                check=True,
-                capture_output=True,
-                text=True,
-                env=environment,
-            ).stdout
-            seconds, megabytes = output.split()[:2]
-            runs[cell].append((float(seconds), float(megabytes)))
+        for length, count in cells:
+            runs[length, count].append(measure(model, maps[length], count))
     found = {
         cell: (statistics.median(s for s, _ in own), statistics.median(m for _, m in own))
         for cell, own in runs.items()
