@@ -15,6 +15,7 @@ from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
 from secondary_sinks.questions.direct_writes import direct_writes
 from secondary_sinks.questions.given import sink_maps_of
+from secondary_sinks.questions.writers import candidates
 
 
 def norm_law(
@@ -114,7 +115,7 @@ def _written(
     rows = []
     for index, sink in enumerate(chosen):
         if writers is None:
-            layer = int(writes.excess[index, : sink.l_start + 1].argmax())
+            layer = candidates(writes, chosen)[index]
         else:
             layer = _given(writers, sink, int(sinks.model["n_layers"]))
         norm, length = writes.mlp_norm[index, layer], writes.mlp[index, layer]
