@@ -1,9 +1,10 @@
 """How time and memory of counterfactual rows grow with their number and with the text.
 
-Each cell of the table is a whole call of `counterfactuals` (with its clean run): seconds, and the
-largest resident memory during the call above what the process had before (Linux). Cells are
-visited in turn in every repetition. Rows beyond twice the tokens are run in several passes, so
-memory stops growing there. The C library is told to give freed tensors back at once.
+Each cell of the table is a whole call of `counterfactuals` with its own clean run, which is most of
+what few rows cost: seconds, and the largest resident memory during the call above what the process
+had before (Linux). Rows beyond twice the tokens are run in several passes. Cells are visited in
+turn in every repetition. Seconds and memory come from two processes, one after the other: for the
+memory, the C library is told to give freed tensors back at once, and that costs time.
 
     python benchmarks/growth_of_rows.py [--model qwen2.5-coder-0.5b] [--out folder for the figure]
 """
@@ -11,9 +12,11 @@ memory stops growing there. The C library is told to give freed tensors back at 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,39 +25,74 @@ from typing import Any
 from memory_of_a_trace import forget_the_peak, resident
 
 LENGTHS = (200, 400, 800)
-COUNTS = (24, 168, 672)
+COUNTS = (0, 24, 168, 672)
+CELLS = [(length, count) for length in LENGTHS for count in COUNTS]
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
+
+Found = dict[tuple[int, int], float]
 
 
 def measure(model: Any, sinks: Any, n_rows: int) -> tuple[float, float]:
-    """Seconds of one call, and MB above what the process had before."""
+    """Seconds of one call, and MB above what the process had before; of a trace without rows."""
     import secondary_sinks as ss
 
     n_layers = int(sinks.model["n_layers"])
-    step = max(1, (sinks.n_tokens - 2) // -(-n_rows // n_layers))
+    step = max(1, (sinks.n_tokens - 2) // -(-max(n_rows, 1) // n_layers))
     rows = [
         ss.Intervention("mlp_out", i % n_layers, 1 + i // n_layers * step, ss.Zero())
         for i in range(n_rows)
     ]
     forget_the_peak()
     before, began = resident("VmRSS"), time.perf_counter()
-    ss.counterfactuals(model, sinks, rows, progress=False)
+    if rows:
+        ss.counterfactuals(model, sinks, rows, progress=False)
+    else:
+        ss.trace(model, sinks.tokens, [ss.ResidualGeometry()])
     return time.perf_counter() - began, resident("VmHWM") - before
 
 
-def draw(found: dict[tuple[int, int], tuple[float, float]], path: Path) -> None:
+def visit(model_name: str, repeats: int) -> list[tuple[float, float]]:
+    """Medians of seconds and MB in every cell, from one process."""
+    import torch
+
+    import secondary_sinks as ss
+
+    model = ss.load_model(model_name, progress=False)
+    maps = {n: ss.detect_sinks(model, torch.arange(1000, 1000 + n)) for n in LENGTHS}
+    measure(model, maps[LENGTHS[0]], 1)  # the self-test, once a model
+    runs = [[measure(model, maps[length], n) for length, n in CELLS] for _ in range(repeats)]
+    cells = zip(*runs, strict=True)
+    return [(statistics.median(s for s, _ in own), statistics.median(m for _, m in own))
+            for own in cells]  # fmt: skip
+
+
+def in_a_process(model_name: str, repeats: int, **environment: str) -> list[tuple[float, float]]:
+    """What `visit` finds in a process of its own."""
+    command = [sys.executable, __file__, "--visit", "--model", model_name]
+    done = subprocess.run(
+        [*command, "--repeats", str(repeats)],
+        check=True,
+        stdout=subprocess.PIPE,
+        env=os.environ | environment,
+    )
+    return [tuple(cell) for cell in json.loads(done.stdout.splitlines()[-1])]
+
+
+def draw(seconds: Found, megabytes: Found, path: Path) -> None:
     """Seconds and memory over the number of rows, a curve for each length."""
     from secondary_sinks.report.style import add_panel, new_figure, save_figure, styled
 
+    counts = [count for count in COUNTS if count]
     with styled():
         figure = new_figure(6.4, 2.7)
-        for number, label in enumerate(("seconds", "MB above the model")):
+        panels = {"seconds": seconds, "MB above the model": megabytes}
+        for number, (label, found) in enumerate(panels.items()):
             axes = add_panel(figure, 0.7 + number * 3.1, 0.25, 2.4, 1.9)
             for shade, length in zip((0.4, 0.7, 1.0), LENGTHS, strict=True):
-                values = [found[length, count][number] for count in COUNTS]
+                values = [found[length, count] for count in counts]
                 color = (0, 0.45 * shade, 0.7 * shade)
                 axes.plot(
-                    COUNTS, values, marker="o", markersize=3, color=color, label=f"{length} tokens"
+                    counts, values, marker="o", markersize=3, color=color, label=f"{length} tokens"
                 )
             axes.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
         axes.legend(loc="upper left")
@@ -67,34 +105,25 @@ def main() -> None:
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for growth_of_rows.png")
+    parser.add_argument("--visit", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not RETURN_MEMORY.items() <= os.environ.items():
-        # The C library reads it when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURN_MEMORY)
+    if options.visit:
+        print(json.dumps(visit(options.model, options.repeats)))
+        return
     import torch
 
-    import secondary_sinks as ss
-
-    model = ss.load_model(options.model, progress=False)
-    maps = {n: ss.detect_sinks(model, torch.arange(1000, 1000 + n)) for n in LENGTHS}
-    cells = [(length, count) for length in LENGTHS for count in COUNTS]
-    runs: dict[tuple[int, int], list[tuple[float, float]]] = {cell: [] for cell in cells}
-    measure(model, maps[LENGTHS[0]], 1)  # the self-test, once a model
-    for _ in range(options.repeats):
-        for length, count in cells:
-            runs[length, count].append(measure(model, maps[length], count))
-    found = {
-        cell: (statistics.median(s for s, _ in own), statistics.median(m for _, m in own))
-        for cell, own in runs.items()
-    }
+    timed = in_a_process(options.model, options.repeats)
+    weighed = in_a_process(options.model, options.repeats, **RETURN_MEMORY)
+    seconds = dict(zip(CELLS, (s for s, _ in timed), strict=True))
+    megabytes = dict(zip(CELLS, (m for _, m in weighed), strict=True))
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{options.model}, median of {options.repeats} runs: seconds (MB above the model)")
-    print(f"{'tokens':<8}" + "".join(f"{count:>13,} rows" for count in COUNTS))
+    print(f"{'tokens':<8}{'trace alone':>18}" + "".join(f"{n:>13,} rows" for n in COUNTS[1:]))
     for length in LENGTHS:
-        texts = (f"{found[length, c][0]:.1f} ({found[length, c][1]:.0f})" for c in COUNTS)
+        texts = (f"{seconds[length, n]:.1f} ({megabytes[length, n]:.0f})" for n in COUNTS)
         print(f"{length:<8,}" + "".join(f"{text:>18}" for text in texts))
     if options.out:
-        draw(found, options.out / "growth_of_rows.png")
+        draw(seconds, megabytes, options.out / "growth_of_rows.png")
 
 
 if __name__ == "__main__":
