@@ -41,6 +41,8 @@ class ColumnRequest:
     """Count, for each of these, the queries that give a token more weight than it."""
     entropy: bool = False
     """The entropy of each query's weights."""
+    log_sum_exp: bool = False
+    """The logarithm of what each query's weights were divided by."""
 
     def __post_init__(self) -> None:
         if not all(0 <= threshold <= 1 for threshold in self.thresholds):
@@ -52,6 +54,7 @@ class ColumnRequest:
             maximum=self.maximum or other.maximum,
             thresholds=tuple(sorted({*self.thresholds, *other.thresholds})),
             entropy=self.entropy or other.entropy,
+            log_sum_exp=self.log_sum_exp or other.log_sum_exp,
         )
 
 
@@ -72,6 +75,39 @@ class AttentionColumns:
     """For each threshold, how many later queries have A[i, t] above it."""
     entropy: Float[Tensor, "head query"] | None = None
     """Entropy of each query's weights, nats. A learned sink logit takes its share before."""
+    log_sum_exp: Float[Tensor, "head query"] | None = None
+    """Logarithm of the sum of exponentials of each query's logits, a learned sink logit's among
+    them. A pattern does not tell it: of streamed attention only."""
+
+    @classmethod
+    def zeros(
+        cls, n_heads: int, n_tokens: int, request: ColumnRequest, device: torch.device
+    ) -> AttentionColumns:
+        """Of no queries yet."""
+
+        def zeros() -> Tensor:
+            return torch.zeros(n_heads, n_tokens, device=device)
+
+        return cls(
+            received=zeros(),
+            own=zeros(),
+            maximum=zeros() if request.maximum else None,
+            above={threshold: zeros() for threshold in request.thresholds} or None,
+            entropy=zeros() if request.entropy else None,
+            log_sum_exp=zeros() if request.log_sum_exp else None,
+        )
+
+    def add(self, other: AttentionColumns) -> None:
+        """Take in the columns of other queries, or other heads, of the same text, in place."""
+        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
+            mine += theirs
+        if self.maximum is not None and other.maximum is not None:
+            torch.maximum(self.maximum, other.maximum, out=self.maximum)
+
+    def _sums(self) -> list[Tensor]:
+        """All that adds up over queries; what belongs to one query is 0 in the others' columns."""
+        found = (self.received, self.own, self.entropy, self.log_sum_exp)
+        return [one for one in (*found, *(self.above or {}).values()) if one is not None]
 
     @classmethod
     def of_pattern(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -63,6 +64,13 @@ def assert_same_columns(found, expected, *, rtol=1e-5, atol=1e-5):
         assert (found.above[threshold] - count).abs().max() <= 1
 
 
+def grouped(query, key, row, length):
+    """Queries and the keys that stand at their own positions, a key for each head, in float64."""
+    group = query.shape[1] // key.shape[1]
+    own = key[row, :, :length].double().repeat_interleave(group, dim=0)
+    return query[row, :, :length].double(), own
+
+
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 40, 1000])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("sinks", [False, True])
@@ -77,7 +85,8 @@ def test_kernel_is_dense_attention(window, softcap, sinks, dtype):
         query, key, value = (draw(2, n, 53, 8) for n in (n_heads, n_kv_heads, n_kv_heads))
         settings = {"scale": 0.4, "window": window, "softcap": softcap}
         settings["sink_logits"] = draw(n_heads) if sinks else None
-        kernel = StreamingAttention([53, 31], EVERYTHING, block=block)
+        request = EVERYTHING | ColumnRequest(log_sum_exp=True)
+        kernel = StreamingAttention([53, 31], request, block=block)
         output, columns = kernel(query, key, value, **settings)
         assert output.dtype == dtype
         assert (output[1, 31:] == 0).all()
@@ -91,6 +100,42 @@ def test_kernel_is_dense_attention(window, softcap, sinks, dtype):
                 atol=1e-5,
             )
             assert_same_columns(columns[row], AttentionColumns.of_pattern(pattern, EVERYTHING))
+            # A logit is the logarithm of its weight and of what it was divided by.
+            own = torch.einsum("hqd,hqd->hq", *grouped(query, key, row, length)) * 0.4
+            own = own if softcap is None else softcap * torch.tanh(own / softcap)
+            log_sum = own - columns[row].own.double().log()
+            torch.testing.assert_close(
+                columns[row].log_sum_exp.double(), log_sum, rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_number_of_threads_changes_nothing(window, inference):
+    before = torch.get_num_threads()
+    request = EVERYTHING | ColumnRequest(log_sum_exp=True)
+    with torch.inference_mode(inference):
+        parts = [torch.randn(1, heads, 200, 8) for heads in (4, 2, 2)]
+        settings = {"scale": 0.4, "window": window, "sink_logits": torch.randn(4)}
+        alone = StreamingAttention([200], request, block=16, threads=1)(*parts, **settings)
+        shared = StreamingAttention([200], request, block=16, threads=3)
+        first, again = (shared(*parts, **settings) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1][0].received, again[1][0].received)
+    torch.testing.assert_close(first[0], alone[0])
+    assert_same_columns(first[1][0], alone[1][0])
+    torch.testing.assert_close(first[1][0].log_sum_exp, alone[1][0].log_sum_exp)
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [torch.get_num_threads()] == [before]
+
+
+def test_a_failure_in_a_thread_is_not_lost():
+    query, key, value = torch.randn(1, 4, 50, 8), torch.randn(1, 2, 50, 6), torch.randn(1, 2, 50, 8)
+    with pytest.raises(RuntimeError, match="size"):
+        StreamingAttention([50], threads=2)(query, key, value, scale=1.0)
 
 
 def test_columns_of_a_pattern_by_hand():
@@ -336,7 +381,8 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss", "phi3", "neox"])
-def test_no_pattern_is_ever_in_memory(hf_model, tiny, tokens_of, kind):
+def test_no_pattern_is_ever_in_memory(hf_model, tiny, tokens_of, kind, monkeypatch):
+    monkeypatch.setattr(streaming_attention, "_MOST_THREADS", 1)  # a thread sees its own operations
     hf, n_tokens = hf_model(kind), 1024
     hf.config.max_position_embeddings = n_tokens
     model = ss.load_model(hf, tokenizer=tiny("llama").tokenizer, progress=False)
