@@ -37,7 +37,7 @@ from torch import Tensor
 
 from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.interventions import Row
-from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks
+from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks, looked_at
 from secondary_sinks.models.host import Editor, Site, forward
 
 _KeysAndValues = list[tuple[Tensor, Tensor]]
@@ -80,13 +80,9 @@ def run_batched(
 def _run_clean(
     model: Any, clean: CleanRun, rows: Sequence[Row]
 ) -> tuple[_KeysAndValues, dict[Site, Tensor]]:
-    """Keys and values of the text, and its activations at the edited sites."""
+    """Keys and values of the text, and its activations where edits look at them."""
     from transformers import DynamicCache
 
-    sites = {Site(one.site, one.layer) for row in rows for one in row}
-    for site in [site for site in sites if site.name == "resid_mid"]:
-        sites.remove(site)
-        sites |= {Site("resid_pre", site.layer), Site("attn_out", site.layer)}
     recorded: dict[Site, Tensor] = {}
 
     def recorder(site: Site) -> Editor:
@@ -102,7 +98,7 @@ def _run_clean(
     forward(
         model,
         tokens,
-        [(site, recorder(site)) for site in sites],
+        [(site, recorder(site)) for site in looked_at(rows)],
         attention_mask=torch.ones_like(tokens),
         past_key_values=cache,
     )

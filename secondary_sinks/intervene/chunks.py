@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.intervene.batched import run_batched
+from secondary_sinks.intervene.cached import run_cached
 from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.full import run_full
 from secondary_sinks.intervene.interventions import Row
@@ -24,11 +25,14 @@ from secondary_sinks.intervene.rows import RowStates
 from secondary_sinks.models.host import UserHook, describe
 from secondary_sinks.models.memory import is_out_of_memory
 
-FastEngine = Literal["packed", "batched"]
-Engine = Literal["packed", "batched", "full"]
+FastEngine = Literal["cached", "packed", "batched"]
+Engine = Literal["cached", "packed", "batched", "full"]
 
 MEMORY_BUDGET = 1 << 30
 """Bytes that the attention of one packed pass may take, by default."""
+
+CACHED_ROWS = 256
+"""Rows of a cached pass at most."""
 
 MAX_BEGINNINGS = 8
 """At most so many residual streams of the text are kept for passes to begin with."""
@@ -44,6 +48,8 @@ def run_chunk(
     fwd_hooks: Sequence[UserHook] = (),
 ) -> RowStates:
     """Rows that fit into memory together, by one engine."""
+    if engine == "cached":
+        return run_cached(model, clean, rows)
     if engine == "packed":
         return run_packed(model, clean, rows, fwd_hooks=fwd_hooks)
     return run_batched(model, clean, rows, memory_budget=memory_budget)
@@ -123,11 +129,14 @@ def beginnings(model: Any, rows: Sequence[Row], n_tokens: int, memory_budget: in
 def chunk_size(engine: FastEngine, model: Any, n_tokens: int, memory_budget: int) -> int:
     """How many rows share a pass.
 
+    Cached rows: as many as make a pass efficient, and no more, so that most begin late.
     Packed rows: what fits into the budget, but at most twice as many as tokens. More would spend
     the time on rows' attention to other rows, which is masked, and begin their pass too early.
     Batched rows: as many copies of all keys and values as fit into the budget.
     """
     cfg, n_heads = model.cfg, describe(model).n_heads
+    if engine == "cached":
+        return max(1, min(CACHED_ROWS, memory_budget // (100 * int(cfg.d_model))))
     if engine == "packed":
         # The eager attention holds about five float32 copies of its scores at once.
         length = int((memory_budget / (20 * n_heads)) ** 0.5)

@@ -4,14 +4,15 @@ One pass keeps, of every layer, the primary sink's residual, the common componen
 and which key each query may see. An edited token's residual is then judged exactly as detection
 judged the clean one's, with the same direction, the same component and the same baselines.
 
-It also keeps the whole residual stream before a few layers, those where passes with rows may begin:
-a row is its clean token up to its first edit, and need not be computed before.
+It also keeps what an engine needs to run rows: `KeepText` for cached rows, `KeepMasks` for packed
+and batched ones. Either way a row is its clean token up to its first edit, and need not be computed
+before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 from secondary_sinks.explain.attention import AttentionBaseline
 from secondary_sinks.explain.evidence import lives
 from secondary_sinks.explain.sinks import SinkMap
-from secondary_sinks.models.host import UserHook
+from secondary_sinks.models.host import Site, UserHook
+from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 from secondary_sinks.observe.collectors import Collector, Run, SinkScores, mean_of, ordinary_tokens
 from secondary_sinks.observe.trace import Trace, trace
 
@@ -54,6 +56,47 @@ class TokenGeometry:
 
 
 @dataclass(frozen=True)
+class KeepText:
+    """Keep what rows need that run without the text; attention is streamed."""
+
+    positions: Iterable[int]
+    """The tokens of the rows."""
+    sites: Iterable[Site] = ()
+    """Whose clean activations edits look at."""
+
+
+@dataclass(frozen=True)
+class KeepMasks:
+    """Keep what rows need that run with the text: which keys each query sees. That is read from the
+    attention scores, so the pass is eager."""
+
+    begin_at: Iterable[int] = ()
+    """Layers before which the whole residual stream is kept, for passes to begin there."""
+
+
+@dataclass(frozen=True)
+class KeptText:
+    """What rows need of the clean text when they run without it, on the devices of the layers."""
+
+    attention: tuple[AttentionColumns, ...]
+    """Of every layer, with `inputs` and `log_sum_exp`."""
+    residual: tuple[Float[Tensor, "kept d_model"], ...]
+    """Before every layer, of the tokens that rows are of."""
+    kept: dict[int, int]
+    """Index of those tokens in `residual`."""
+    activations: dict[Site, Float[Tensor, "token *shape"]]
+    """At the sites that edits look at."""
+    last: tuple[Float[Tensor, "d_model"], ...]
+    """The last token's residual after every layer."""
+
+    def residual_at(
+        self, positions: Int[Tensor, "row"], layer: int
+    ) -> Float[Tensor, "row d_model"]:
+        """The residual before a layer of the tokens at some positions."""
+        return self.residual[layer][[self.kept[position] for position in positions.tolist()]]
+
+
+@dataclass(frozen=True)
 class CleanRun:
     """One text as the model runs it without interventions."""
 
@@ -70,13 +113,16 @@ class CleanRun:
     ordinary: Bool[Tensor, "token"]
     """Tokens that are no sinks."""
     baseline: AttentionBaseline
-    visible: tuple[Bool[Tensor, "query key"], ...]
-    """Which keys a query sees, once for each kind of layer (full, sliding window); empty where
-    rows were not asked for."""
-    kind_of_layer: tuple[int, ...]
+    visible: tuple[Bool[Tensor, "query key"], ...] = ()
+    """Which keys a query sees, once for each kind of layer (full, sliding window), if kept."""
+    kind_of_layer: tuple[int, ...] = ()
     """Index into `visible` of every layer."""
-    residual_before: dict[int, Float[Tensor, "token d_model"]]
+    residual_before: dict[int, Float[Tensor, "token d_model"]] = field(default_factory=dict)
     """The residual stream before the layers where a pass may begin, on the model's device."""
+    kept: KeptText | None = None
+    """What cached rows run over, if kept."""
+    begin_by: int | None = None
+    """A layer at which passes with rows begin at the latest; None: at their first edit."""
 
     @property
     def shows_scores(self) -> bool:
@@ -94,8 +140,7 @@ class CleanRun:
         sinks: SinkMap,
         *,
         fwd_hooks: Sequence[UserHook] = (),
-        begin_at: Iterable[int] = (),
-        for_rows: bool = True,
+        keep: KeepText | KeepMasks | None = None,
     ) -> CleanRun:
         """Run the tokens of a sink map once more and keep what is needed of them.
 
@@ -103,20 +148,38 @@ class CleanRun:
             model: any TransformerLens model.
             sinks: the sink map of the text.
             fwd_hooks: hooks of the user's own.
-            begin_at: layers before which the residual stream is kept.
-            for_rows: note which keys each query sees, as packed rows need. That is read from the
-                attention scores, so the pass is eager; without, a long text's is streamed.
+            keep: what to keep for rows.
+
+        Raises:
+            ModelError: see `trace`; with `KeepText`, also if attention cannot be streamed.
         """
         tokens = sinks.tokens
         collectors: list[Collector] = [
             _Anchors(sinks.primary_position),
-            _Residuals(begin_at),
             SinkScores(min_queries=1, name="score"),
         ]
-        collectors += [_Visible()] if for_rows else []
-        found = cast(Trace, trace(model, cast(Tensor, tokens), collectors, fwd_hooks=fwd_hooks))
+        if isinstance(keep, KeepMasks):
+            collectors += [_Visible(), _Residuals(keep.begin_at)]
+        elif keep is not None:
+            collectors += [_Text(keep)]
+        found = cast(
+            Trace,
+            trace(
+                model,
+                cast(Tensor, tokens),
+                collectors,
+                fwd_hooks=fwd_hooks,
+                attention="streaming" if isinstance(keep, KeepText) else "auto",
+            ),
+        )
+        of_rows: dict[str, Any] = {}
+        if isinstance(keep, KeepMasks):
+            visible, kind_of_layer = found["_Visible"]
+            of_rows = {"visible": visible, "kind_of_layer": kind_of_layer}
+            of_rows["residual_before"] = found["_Residuals"]
+        elif keep is not None:
+            of_rows = {"kept": found["_Text"]}
         primary, common, median, *geometry = found["_Anchors"]
-        visible, kind_of_layer = found["_Visible"] if for_rows else ((), ())
         ordinary = torch.ones(len(found.tokens), dtype=torch.bool)
         ordinary[[sink.position for sink in sinks.sinks] or [sinks.primary_position]] = False
         ordinary[sinks.primary_position] = False
@@ -136,9 +199,7 @@ class CleanRun:
             median_centered_norm=median,
             ordinary=ordinary,
             baseline=baseline,
-            visible=visible,
-            kind_of_layer=kind_of_layer,
-            residual_before=found["_Residuals"],
+            **of_rows,
         )
 
     def judge(
@@ -168,6 +229,49 @@ class CleanRun:
                     if unseen or seen >= thresholds["min_attention_ratio"]:
                         is_sink[row, list(life)] = True
         return is_sink
+
+
+class _Text(Collector):
+    """A `KeptText`."""
+
+    attention = ColumnRequest(log_sum_exp=True, inputs=True)
+
+    def __init__(self, keep: KeepText):
+        self._sites = frozenset(keep.sites)
+        self._positions = sorted(set(keep.positions))
+        self.sites = (
+            "resid_pre",
+            ATTENTION,
+            *sorted({s.name for s in self._sites} - {"resid_pre"}),
+        )
+
+    def start(self, run: Run) -> None:
+        # The last token is run with every pass of rows.
+        self._positions = sorted({*self._positions, run.n_tokens - 1})
+        self._attention: list[AttentionColumns] = []
+        self._residual: list[Tensor] = []
+        self._last: list[Tensor] = []
+        self._activations: dict[Site, Tensor] = {}
+
+    def update(self, site: str, layer: int | None, activation: Any) -> None:
+        if site == ATTENTION:
+            self._attention.append(activation)
+            return
+        if site == "resid_pre":
+            self._residual.append(activation[self._positions])
+        if site == "resid_post":
+            self._last.append(activation[-1].clone())
+        if Site(site, layer) in self._sites:
+            self._activations[Site(site, layer)] = activation.clone()
+
+    def result(self) -> KeptText:
+        return KeptText(
+            attention=tuple(self._attention),
+            residual=tuple(self._residual),
+            kept={position: index for index, position in enumerate(self._positions)},
+            activations=self._activations,
+            last=tuple(self._last),
+        )
 
 
 class _Residuals(Collector):

@@ -124,6 +124,10 @@ class Add:
         return value + _fitting(self.value, value, "Add")
 
 
+ALONE = (Zero, Scale, ProjectOut, KeepOnly, Replace, Add)
+"""Edits that look at no other token: the clean text need not be kept for them."""
+
+
 def _along(value: Tensor, direction: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize(_fitting(direction, value, "the direction"), dim=-1)
     return (value * unit).sum(dim=-1, keepdim=True) * unit

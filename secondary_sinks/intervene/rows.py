@@ -7,7 +7,7 @@ same sequence, in a copy of the text, or alone. Editing and measuring are the sa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.intervene.clean import CleanRun, TokenGeometry
+from secondary_sinks.intervene.edits import ALONE
 from secondary_sinks.intervene.interventions import Intervention, Row, apply_edit
 from secondary_sinks.models.host import Editor, Site
 
@@ -42,6 +43,35 @@ class RowStates:
     def take(self, index: Int[Tensor, "row"]) -> RowStates:
         """The rows at `index`."""
         return RowStates(**{name: value[index] for name, value in vars(self).items()})
+
+    def difference_from(self, oracle: RowStates) -> float:
+        """Largest relative difference from the same rows as an oracle has them.
+
+        Residuals are compared relative to the largest norm that they had up to that layer: what is
+        left of a massive vector after it was erased has the rounding of the massive one.
+        """
+        size = oracle.norm.cummax(dim=1).values
+        largest = oracle.direct_score.nan_to_num(0).max().clamp_min(1e-30)
+        alignment = self.centered_alignment - oracle.centered_alignment
+        differences = (
+            (self.norm - oracle.norm) / size,
+            alignment * oracle.centered_norm / size,
+            (self.direct_score - oracle.direct_score) / largest,
+        )
+        oracles = (oracle.norm, oracle.centered_alignment, oracle.direct_score)
+        # NaN is right where the oracle has it too: the last token of a text is never looked at.
+        return max(
+            float(change[~torch.isnan(right)].abs().nan_to_num(nan=float("inf")).max())
+            for change, right in zip(differences, oracles, strict=True)
+            if not torch.isnan(right).all()
+        )
+
+
+def clean_states(clean: CleanRun, positions: Sequence[int]) -> RowStates:
+    """The clean tokens at some positions, as rows without an edit must be."""
+    index = list(positions)
+    geometry = {name: value[:, index].T for name, value in vars(clean.geometry).items()}
+    return RowStates(**geometry, direct_score=clean.score[:, :, index].permute(2, 0, 1))
 
 
 class RowMeter:
@@ -97,14 +127,16 @@ def edit_hooks(
     """The functions that put every row's edits in its place.
 
     The clean activations that an edit may want are read from the same pass, in which the first
-    tokens of batch row 0 are the clean text; or from `recorded` ([token, *shape] for each edited
-    site, and for `resid_pre` and `attn_out` where `resid_mid` is edited), if the pass holds no
-    clean text.
+    tokens of batch row 0 are the clean text; or from `recorded` ([token, *shape] for each site in
+    `looked_at`), if the pass holds no clean text.
     """
     n_tokens = len(clean.tokens)
 
     def clean_at(site: Site, activation: Tensor) -> Tensor:
-        return activation[0, :n_tokens] if recorded is None else recorded[site]
+        if recorded is None:
+            return activation[0, :n_tokens]
+        # Where nobody looks, nothing is recorded.
+        return recorded.get(site, activation[0, :0])
 
     at: dict[Site, list[tuple[Intervention, Place]]] = defaultdict(list)
     for row, place in zip(rows, places, strict=True):
@@ -119,6 +151,18 @@ def edit_hooks(
         if site.name == "resid_mid":
             hooks.extend(_resid_mid_editors(site, edits, clean_at, clean.ordinary))
     return hooks
+
+
+def looked_at(rows: Iterable[Row]) -> set[Site]:
+    """Sites of which edits look at other tokens' clean activations."""
+    sites = {
+        Site(one.site, one.layer) for row in rows for one in row if not isinstance(one.edit, ALONE)
+    }
+    for site in [site for site in sites if site.name == "resid_mid"]:
+        # It is the sum of two others, through which it is edited.
+        sites.remove(site)
+        sites |= {Site("resid_pre", site.layer), Site("attn_out", site.layer)}
+    return sites
 
 
 _CleanAt = Callable[[Site, Tensor], Tensor]

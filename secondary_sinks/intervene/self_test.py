@@ -8,33 +8,82 @@ not used.
 
 Hooks of the user's own are a second thing to be fooled by: one that edits the token at index 7
 edits the text, and not the row of that token, which stands elsewhere. Where there are such hooks,
-a row without an edit is run for every token first: it must be the clean token.
+rows are packed behind the text, and a row without an edit is run for every token first: it must be
+the clean token.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
 
-import torch
+from torch import Tensor
 
 from secondary_sinks.errors import ModelError
+from secondary_sinks.explain.sinks import SinkMap
 from secondary_sinks.intervene.chunks import Engine, FastEngine, run_chunk, run_rows
-from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.intervene.clean import CleanRun, KeepMasks, KeepText
 from secondary_sinks.intervene.edits import Scale, Zero
 from secondary_sinks.intervene.full import run_full
 from secondary_sinks.intervene.interventions import Intervention, Row, rows_of
-from secondary_sinks.intervene.rows import RowStates
-from secondary_sinks.models.host import UserHook, describe, has_hooks
+from secondary_sinks.intervene.rows import RowStates, clean_states
+from secondary_sinks.models.host import Site, UserHook, describe, has_hooks, layer_sites
+from secondary_sinks.models.precision import tolerance
+from secondary_sinks.models.streaming import sliding_windows
+from secondary_sinks.observe.attention_path import path_of_attention
 
-Method = Literal["auto", "packed", "batched", "full"]
+Method = Literal["auto", "cached", "packed", "batched", "full"]
 
 _LONGEST_TEST = 600
 """Tokens of the self-test of models that do not show which keys a query sees."""
 
 _tested: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], float]] = weakref.WeakKeyDictionary()
+
+
+def clean_run_for_rows(
+    model: Any,
+    sinks: SinkMap,
+    method: Method,
+    *,
+    positions: Iterable[int],
+    sites: Iterable[Site] = (),
+    begin_at: Iterable[int] = (),
+    fwd_hooks: Sequence[UserHook] = (),
+) -> CleanRun:
+    """The clean run of a text, with what the engine needs that `method` asks for.
+
+    Args:
+        model: any TransformerLens model.
+        sinks: the sink map of the text.
+        method: an engine, or "auto", which keeps the text for cached rows where attention can be
+            streamed and there are no hooks, and masks for packed ones elsewhere.
+        positions: the tokens of the rows to come.
+        sites: those that the rows' edits look at (`rows.looked_at`).
+        begin_at: layers at which passes of packed rows may begin.
+        fwd_hooks: hooks of the user's own.
+
+    Raises:
+        ModelError: the model cannot be measured, or "cached" was asked for and cannot be had.
+    """
+    keep: KeepText | KeepMasks | None = None if method == "full" else KeepMasks(begin_at)
+    if method in ("auto", "cached"):
+        text = KeepText(positions, sites)
+        read = layer_sites(["resid_pre", "resid_post"], describe(model).n_layers)
+        try:
+            path_of_attention(
+                model,
+                cast(Tensor, sinks.tokens),
+                "streaming",
+                sites=[*read, *sites],
+                fwd_hooks=fwd_hooks,
+            )
+            keep = text
+        except ModelError:
+            if method == "cached":
+                raise
+    return CleanRun.of(model, sinks, fwd_hooks=fwd_hooks, keep=keep)
 
 
 def choose_engine(
@@ -49,7 +98,8 @@ def choose_engine(
     Args:
         model: any TransformerLens model.
         clean: the clean run of the text.
-        method: an engine, or "auto" for the first of "packed", "batched", "full" that is right.
+        method: an engine, or "auto" for the first of "cached", "packed", "batched", "full" that is
+            right, of those for which the clean run kept what they need.
         positions: the tokens of the rows to come.
         fwd_hooks: hooks of the user's own.
 
@@ -64,9 +114,13 @@ def choose_engine(
         return "full", None
     hooked = bool(fwd_hooks) or has_hooks(model)
     errors: list[float] = []
-    for engine in get_args(FastEngine):
-        # One token at a time, a hook that looks at the sequence would meet a sequence of one.
-        if method not in ("auto", engine) or (engine == "batched" and hooked):
+    # Batched rows need nothing of the clean run.
+    possible: tuple[FastEngine, ...] = ("packed" if clean.kept is None else "cached", "batched")
+    for engine in possible:
+        if method not in ("auto", engine):
+            continue
+        # Without the text in its place, a hook that looks at the sequence would edit other tokens.
+        if engine != "packed" and hooked:
             continue
         error = _self_test(model, clean, engine)
         if error is not None and error <= tolerance(model) and hooked:
@@ -83,17 +137,6 @@ def choose_engine(
     )
 
 
-def tolerance(model: Any) -> float:
-    """Largest difference from a full pass that rounding may explain: 1e-4 in float32, 6e-2 in
-    bfloat16, 8e-3 in float16.
-
-    Measured in bfloat16 on tiny models of nine families: up to 4e-3 in self-tests and 9e-3 over
-    many edits, all of it in direct scores; a mask that is ignored gives differences near one.
-    """
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    return max(1e-4, 8 * eps)
-
-
 def _self_test(model: Any, clean: CleanRun, engine: FastEngine) -> float | None:
     """Largest relative difference of an engine's rows from a full pass; None if it cannot run.
 
@@ -104,9 +147,10 @@ def _self_test(model: Any, clean: CleanRun, engine: FastEngine) -> float | None:
     if generation == "other" or (engine == "batched" and generation != "bridge"):
         return None
     n_tokens = len(clean.tokens)
-    longest = 0  # of the sliding windows that this text exceeds
-    if clean.shows_scores:
+    if clean.shows_scores or engine == "cached":
         widths = [int(kind.sum(dim=1).max()) for kind in clean.visible]
+        widths += sliding_windows(model) if engine == "cached" else ()
+        # Of the sliding windows that this text exceeds.
         longest = max((width for width in widths if width < n_tokens), default=0)
         n_tested = min(n_tokens, longest + 48)
     else:
@@ -127,42 +171,23 @@ def _against_full(model: Any, clean: CleanRun, engine: FastEngine, n_tokens: int
         sinks=(),
     )
     middle = describe(model).n_layers // 3
-    short = CleanRun.of(model, sinks, begin_at={middle} - {0})
     late, early = rows_of(
         [
             Intervention("mlp_out", middle, (n_tokens - 1) // 2, Zero()),
             Intervention("attn_out", 0, max(0, n_tokens - 2), Scale(2.0)),
         ]
     )
+    keep: KeepText | KeepMasks = KeepMasks({middle} - {0})
+    if engine == "cached":
+        keep = KeepText({late[0].position, early[0].position})
     try:
+        short = CleanRun.of(model, sinks, keep=keep)
         # Twice, because a pass with the second row begins with the first block, one without it not.
         passes = [run_chunk(engine, model, short, rows) for rows in ([late, early], [late])]
     except (ModelError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return float("inf")  # the host does not take the mask, the positions, or the cache
     full, _ = run_full(model, short, [late, early, late], totals=False)
-    return difference(RowStates.joined(passes), full)
-
-
-def difference(fast: RowStates, full: RowStates) -> float:
-    """Largest relative difference of rows from the oracle's.
-
-    Residuals are compared relative to the largest norm that they had up to that layer: what is
-    left of a massive vector after it was erased has the rounding of the massive one.
-    """
-    size = full.norm.cummax(dim=1).values
-    largest = full.direct_score.nan_to_num(0).max().clamp_min(1e-30)
-    differences = (
-        (fast.norm - full.norm) / size,
-        (fast.centered_alignment - full.centered_alignment) * full.centered_norm / size,
-        (fast.direct_score - full.direct_score) / largest,
-    )
-    oracles = (full.norm, full.centered_alignment, full.direct_score)
-    # NaN is right where the oracle has it too: the last token of a text is never looked at.
-    return max(
-        float(change[~torch.isnan(oracle)].abs().nan_to_num(nan=float("inf")).max())
-        for change, oracle in zip(differences, oracles, strict=True)
-        if not torch.isnan(oracle).all()
-    )
+    return RowStates.joined(passes).difference_from(full)
 
 
 def _without_edits(
@@ -176,6 +201,4 @@ def _without_edits(
     of_tokens = sorted(set(positions))
     rows: list[Row] = [(Intervention("resid_pre", 0, p, Scale(1.0)),) for p in of_tokens]
     states = run_rows(engine, model, clean, rows, fwd_hooks=fwd_hooks, progress=False)
-    geometry = {name: value[:, of_tokens].T for name, value in vars(clean.geometry).items()}
-    score = clean.score[:, :, of_tokens].permute(2, 0, 1)
-    return difference(states, RowStates(**geometry, direct_score=score))
+    return states.difference_from(clean_states(clean, of_tokens))

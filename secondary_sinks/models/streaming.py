@@ -28,7 +28,7 @@ import functools
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,13 @@ class AttentionInputs:
     visible: Bool[Tensor, "query key"] | None = None
     """Which keys the host's own mask shows to the queries that `replaced_attention` was asked to
     look up; None where nothing was asked, or where the host builds its mask in another way."""
+
+    def of_text(self, row: int, n_tokens: int) -> AttentionInputs:
+        """Those of one text of the batch, without its padding."""
+        query, key, value = (
+            one[row : row + 1, :, :n_tokens] for one in (self.query, self.key, self.value)
+        )
+        return replace(self, query=query, key=key, value=value)
 
 
 Attend = Callable[[int, AttentionInputs], Tensor]

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
+from secondary_sinks.models.streaming import AttentionInputs
 
 ATTENTION = "attention"
 """The site whose activation is an `AttentionColumns`, once a layer."""
@@ -43,6 +44,8 @@ class ColumnRequest:
     """The entropy of each query's weights."""
     log_sum_exp: bool = False
     """The logarithm of what each query's weights were divided by."""
+    inputs: bool = False
+    """Queries, keys and values themselves: as large as activations, to be kept with care."""
 
     def __post_init__(self) -> None:
         if not all(0 <= threshold <= 1 for threshold in self.thresholds):
@@ -55,6 +58,7 @@ class ColumnRequest:
             thresholds=tuple(sorted({*self.thresholds, *other.thresholds})),
             entropy=self.entropy or other.entropy,
             log_sum_exp=self.log_sum_exp or other.log_sum_exp,
+            inputs=self.inputs or other.inputs,
         )
 
 
@@ -78,6 +82,8 @@ class AttentionColumns:
     log_sum_exp: Float[Tensor, "head query"] | None = None
     """Logarithm of the sum of exponentials of each query's logits, a learned sink logit's among
     them. A pattern does not tell it: of streamed attention only."""
+    inputs: AttentionInputs | None = None
+    """What it was computed from, with a batch of this text alone: of streamed attention only."""
 
     @classmethod
     def zeros(

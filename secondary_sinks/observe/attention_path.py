@@ -12,14 +12,13 @@ model that does not agree, gets the eager pass.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -130,6 +129,9 @@ def streamed_attention(
             softcap=inputs.softcap,
             sink_logits=inputs.sink_logits,
         )
+        if request.inputs:
+            texts = enumerate(zip(columns, lengths, strict=True))
+            columns = [replace(own, inputs=inputs.of_text(row, n)) for row, (own, n) in texts]
         receive(layer, columns)
         return output
 
@@ -185,7 +187,7 @@ def _compare_parts(model: Any, tokens: Tensor, widths: set[int]) -> _Comparison:
         problem = window_problem(model, tokens, widths, _tolerance(model))
     except _HOST_FAILS as error:
         problem = _reason(error)
-    return dataclasses.replace(comparison, problem=problem)
+    return replace(comparison, problem=problem)
 
 
 def _compare(model: Any, tokens: Tensor) -> _Comparison:

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.sinks import SinkMap
 from secondary_sinks.intervene.chunks import MEMORY_BUDGET, beginnings, run_rows
-from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.full import TotalEffects, run_full
 from secondary_sinks.intervene.interventions import Intervention, Row, check_rows, rows_of
-from secondary_sinks.intervene.self_test import Method, choose_engine
+from secondary_sinks.intervene.rows import looked_at
+from secondary_sinks.intervene.self_test import Method, choose_engine, clean_run_for_rows
 from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
 from secondary_sinks.questions.given import sink_map_of
@@ -146,35 +146,46 @@ def counterfactuals(
         text: one text (see `detect_sinks`), or a sink map, whose tokens are taken.
         interventions: one row each; a sequence in their place is several edits of one token that
             happen together.
-        method: "packed" puts rows behind the text in one pass; "batched" runs them over the kept
-            keys and values of the text, for architectures that cannot be masked from outside
+        method: "cached" runs rows alone, over the kept queries, keys and values of the text, where
+            attention can be replaced (bridges only), and is the fastest on texts of any length;
+            "packed" puts rows behind the text in one pass; "batched" runs them over kept keys and
+            values as models generate, for architectures that can neither be replaced nor masked
             (bridges only; see `intervene.batched` for what it cannot give); "full" runs a pass over
-            the whole text for each row, and adds total effects; "auto" takes the first of the three
+            the whole text for each row, and adds total effects; "auto" takes the first of the four
             that a test of this model against the full pass, made once, finds right.
         sinks: the text's sink map, if it is there already.
         chat: the string goes through the chat template.
-        memory_budget: bytes that the attention of a packed pass may take; decides how many rows
-            share a pass, and nothing else.
-        fwd_hooks: hooks of your own, in force in the clean run as well. Hooks that look at
-            positions would not find the rows; "auto" sees it and runs full passes.
+        memory_budget: bytes that a pass with rows may take; decides how many rows share a pass,
+            and nothing else. What is kept of the text for cached rows comes on top (see
+            `docs/long_contexts.md`).
+        fwd_hooks: hooks of your own, in force in the clean run as well; rows are packed then.
+            Hooks that look at positions would not find the rows; "auto" sees it and runs full
+            passes.
         progress: show a progress bar; None shows one for more than one pass.
 
     Raises:
         InputError: no interventions, an index out of range, an edit of the wrong shape, several
             texts, or a sink map of another model, text or criterion.
-        ModelError: the model cannot be measured; or `method` is "packed" or "batched" and the test
-            fails.
+        ModelError: the model cannot be measured; or `method` is one of the fast engines and its
+            test fails.
     """
     if method not in get_args(Method):
         raise InputError(f"no method {method!r}; use 'auto', 'packed', 'batched' or 'full'")
-    if method == "batched" and fwd_hooks:
-        raise InputError("batched rows run one token at a time, where fwd_hooks cannot be trusted")
+    if method in ("cached", "batched") and fwd_hooks:
+        raise InputError(f"{method} rows run without the text, where fwd_hooks cannot be trusted")
     sinks = sink_map_of(model, text, sinks, chat=chat, fwd_hooks=fwd_hooks)
     rows = rows_of(interventions)
     check_rows(model, rows, sinks.n_tokens)
-    begin_at = beginnings(model, rows, sinks.n_tokens, memory_budget)
-    clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks, begin_at=begin_at)
     positions = [row[0].position for row in rows]
+    clean = clean_run_for_rows(
+        model,
+        sinks,
+        method,
+        positions=positions,
+        sites=looked_at(rows),
+        begin_at=beginnings(model, rows, sinks.n_tokens, memory_budget),
+        fwd_hooks=fwd_hooks,
+    )
     engine, error = choose_engine(model, clean, method, positions, fwd_hooks)
     totals = None
     if engine == "full":

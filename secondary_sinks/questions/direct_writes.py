@@ -36,7 +36,7 @@ def direct_writes(
         ModelError: they do not.
     """
     if clean is None:
-        clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks, for_rows=False)
+        clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks)
     directions = sink_directions(clean, [sink.l_start for sink in chosen])
     collector = Projections([sink.position for sink in chosen], directions, clean.ordinary)
     tokens = cast(Tensor, sinks.tokens)

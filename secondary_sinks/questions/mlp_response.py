@@ -89,8 +89,7 @@ def mlp_response(
             "detect_sinks(...).margins() for the tokens that came nearest"
         )
     cleans = [
-        CleanRun.of(model, one, fwd_hooks=fwd_hooks, for_rows=False) if one.secondary else None
-        for one in maps
+        CleanRun.of(model, one, fwd_hooks=fwd_hooks) if one.secondary else None for one in maps
     ]
     layer, written = _sinks_of(model, maps, cleans, layer, fwd_hooks)
     texts = []

@@ -106,7 +106,7 @@ def neuron_contributions(
     found = sink_map_of(model, text, sinks, chat=chat, fwd_hooks=fwd_hooks)
     chosen = chosen_sinks(found, which)
     targets = [Target.of(found, sink, n_controls=n_controls, seed=seed) for sink in chosen]
-    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks, for_rows=False)
+    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks)
     writes = direct_writes(model, found, chosen, clean=clean, fwd_hooks=fwd_hooks)
     if writers is None:
         layers = candidates(writes, chosen)

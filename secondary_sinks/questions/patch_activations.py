@@ -113,7 +113,7 @@ def patch_activations(
     depth = tuple(range(describe(model).n_layers) if layers is None else layers)
     if not depth:
         raise InputError("layers is empty: nothing to patch")
-    runs = [CleanRun.of(model, one, fwd_hooks=fwd_hooks, for_rows=False) for one in maps]
+    runs = [CleanRun.of(model, one, fwd_hooks=fwd_hooks) for one in maps]
     # Both runs are measured against the same direction, so that an alignment means one thing.
     runs[1] = dataclasses.replace(runs[1], primary=runs[0].primary, common=runs[0].common)
     base, source = (1, 0) if direction == "denoising" else (0, 1)

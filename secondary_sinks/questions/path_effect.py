@@ -90,7 +90,7 @@ def path_effect(
     check_rows(model, [(removed,)], found.n_tokens)
     alive = [layer for one in found.sinks if one.position == position for layer in one.layers]
     layers = _layers(receiver_layer, writer, alive, describe(model).n_layers)
-    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks, for_rows=False)
+    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks)
     write = _write(model, clean, removed, fwd_hooks)
     minus = Add(-write)
     rows: list[Row] = [

@@ -102,7 +102,7 @@ def remove_sinks(
     found = sink_map_of(model, text, known, chat=chat, fwd_hooks=fwd_hooks)
     meant = _chosen(found, chosen)
     written = _writers(meant, writers)
-    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks, for_rows=False)
+    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks)
     draw = random.Random(seed)
     if reverse:
         texts, where = _transplants(clean, written, n_controls, draw)

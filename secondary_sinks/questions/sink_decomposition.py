@@ -29,7 +29,7 @@ from secondary_sinks.intervene.chunks import MAX_BEGINNINGS, run_rows
 from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.edits import Scale, Zero
 from secondary_sinks.intervene.interventions import EditSite, Intervention, Row
-from secondary_sinks.intervene.self_test import Method, choose_engine
+from secondary_sinks.intervene.self_test import Method, choose_engine, clean_run_for_rows
 from secondary_sinks.models.attention_weights import (
     OutputWeights,
     check_head_sum,
@@ -101,7 +101,14 @@ def sink_decomposition(
     n_layers = int(found.model["n_layers"])
     layers = [_direction_layer(direction, sink, n_layers) for sink in chosen]
     begin_at = sorted({sink.l_start for sink in chosen} - {0})[:MAX_BEGINNINGS]
-    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks, begin_at=begin_at)
+    clean = clean_run_for_rows(
+        model,
+        found,
+        method,
+        positions=[sink.position for sink in chosen],
+        begin_at=begin_at,
+        fwd_hooks=fwd_hooks,
+    )
     directions = sink_directions(clean, layers)
     write, primary, heads = _writes(model, clean, chosen, directions, fwd_hooks)
     tests = [
@@ -289,13 +296,12 @@ class _Test:
         primary[last + 1 :] = clean.common[last + 1 :] + clean.primary[last] - clean.common[last]
         start, _ = cast(tuple[int, int], self.phase)
         phases = ((start, len(primary)),)
-        # A pass that begins later would take what was measured against the primary before it.
-        before = {x: r for x, r in clean.residual_before.items() if x <= last + 1}
         return dataclasses.replace(
             clean,
             primary=primary,
             sinks=dataclasses.replace(clean.sinks, phases=phases),
-            residual_before=before,
+            # A pass that begins later would take what was measured against the primary before it.
+            begin_by=last + 1,
         )
 
     def take(self, is_sink: Bool[Tensor, "row layer"], length: Float[Tensor, "row layer"]) -> None:

@@ -108,7 +108,7 @@ def test_hooks_that_see_the_sequence_are_refused_or_run_in_full(tiny, tokens_of)
 
 def test_the_last_resort_is_the_full_pass(make_tiny, tokens_of, monkeypatch):
     model, row = make_tiny("llama"), [I("mlp_out", 1, 5, ss.Zero())]
-    for name, factor in (("run_packed", 1.02), ("run_batched", 1.01)):
+    for name, factor in (("run_cached", 1.02), ("run_batched", 1.01)):
         real = getattr(module, name)
 
         def wrong(*args, real=real, factor=factor, **kwargs):
@@ -125,7 +125,7 @@ def test_the_last_resort_is_the_full_pass(make_tiny, tokens_of, monkeypatch):
 def test_very_short_texts_do_not_spoil_the_self_test(make_tiny, tokens_of, length):
     model = make_tiny("llama")
     row = [I("mlp_out", 1, 0, ss.Zero())]
-    for method in ("packed", "batched"):
+    for method in ("cached", "packed", "batched"):
         short = ss.counterfactuals(model, tokens_of(length), row, method=method)
         assert short.self_test < 1e-4
 

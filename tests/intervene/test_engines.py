@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
+from secondary_sinks.intervene import cached
 from secondary_sinks.intervene import chunks as module
 from secondary_sinks.intervene.interventions import rows_of
 from secondary_sinks.models.planted import planted_model
@@ -54,17 +55,20 @@ def assert_close(one, other, *, tolerance=1e-4):
         )
 
 
-def test_packed_equals_full(tiny, family, tokens_of):
+def test_rows_equal_full_passes(tiny, family, tokens_of):
     model, tokens = tiny(family), tokens_of(N)
-    packed = ss.counterfactuals(model, tokens, interventions(family))
-    full = ss.counterfactuals(model, tokens, interventions(family), method="full", progress=False)
-    assert (packed.engine, full.engine) == ("packed", "full")
-    assert packed.self_test < 1e-4
-    assert_close(packed, full)
-    assert torch.equal(packed.is_sink, full.is_sink)
-    assert torch.isnan(packed.direct_score).any(dim=(1, 2)).tolist() == [
-        position == N - 1 for position in packed.positions.tolist()
-    ]
+    rows = interventions(family)
+    full = ss.counterfactuals(model, tokens, rows, method="full", progress=False)
+    assert ss.counterfactuals(model, tokens, rows[:1]).engine == "cached"
+    for engine in ("cached", "packed"):
+        found = ss.counterfactuals(model, tokens, rows, method=engine)
+        assert (found.engine, full.engine) == (engine, "full")
+        assert found.self_test < 1e-4
+        assert_close(found, full)
+        assert torch.equal(found.is_sink, full.is_sink)
+        assert torch.isnan(found.direct_score).any(dim=(1, 2)).tolist() == [
+            position == N - 1 for position in found.positions.tolist()
+        ]
 
 
 def test_an_edit_that_changes_nothing_gives_the_clean_token(tiny, family, tokens_of):
@@ -112,31 +116,36 @@ def test_full_rows_are_what_run_with_hooks_gives(tiny, tokens_of):
 def test_results_do_not_depend_on_the_chunks(tiny, tokens_of):
     model, tokens = tiny("gemma2"), tokens_of(N)
     rows = [I("mlp_out", layer, p, ss.Zero()) for layer in range(3) for p in range(N)]
-    at_once = ss.counterfactuals(model, tokens, rows)
-    small = ss.counterfactuals(model, tokens, rows, memory_budget=70_000, progress=False)
-    assert module.chunk_size("packed", model, N, 70_000) < 8
-    assert_close(small, at_once, tolerance=1e-5)
+    for engine, budget in (("packed", 70_000), ("cached", 25_000)):
+        at_once = ss.counterfactuals(model, tokens, rows, method=engine)
+        assert module.chunk_size(engine, model, N, budget) < 8
+        small = ss.counterfactuals(
+            model, tokens, rows, method=engine, memory_budget=budget, progress=False
+        )
+        assert_close(small, at_once, tolerance=1e-5)
 
 
-def test_a_pass_begins_at_the_first_edit(tiny, family, tokens_of):
+@pytest.mark.parametrize("engine", ["cached", "packed"])
+def test_a_pass_begins_at_the_first_edit(tiny, family, tokens_of, engine):
     """Blocks before it do not run, and what comes out is the same."""
     model, tokens = tiny(family), tokens_of(N)
     rows = [
         I("mlp_out", layer, p, edit) for p in (4, 19) for layer in (1, 2) for edit in (ss.Zero(),)
     ]
-    ss.counterfactuals(model, tokens, rows)  # the self-test, once a model
+    ss.counterfactuals(model, tokens, rows, method=engine)  # the self-test, once a model
+    length = 5 if engine == "cached" else N + 4  # of the sequence: rows and the last token, or text
     ran = dict.fromkeys(range(3), 0)
 
     def count(layer):
         def look(module, inputs, output):
-            ran[layer] += inputs[0].shape[1] > N if inputs else 0
+            ran[layer] += inputs[0].shape[1] == length if inputs else 0
 
         return look
 
     modules = [model.blocks[layer].mlp for layer in range(3)]
     handles = [m.register_forward_hook(count(layer)) for layer, m in enumerate(modules)]
     try:
-        late = ss.counterfactuals(model, tokens, rows)
+        late = ss.counterfactuals(model, tokens, rows, method=engine)
     finally:
         for handle in handles:
             handle.remove()
@@ -187,7 +196,7 @@ def test_running_out_of_memory_halves_the_chunk(tiny, tokens_of, monkeypatch):
     model, tokens = tiny("llama"), tokens_of(N)
     rows = [I("mlp_out", 1, p, ss.Zero()) for p in range(N)]
     expected = ss.counterfactuals(model, tokens, rows)
-    real, sizes = module.run_packed, []
+    real, sizes = module.run_cached, []
 
     def small_machine(model, clean, chunk, **kwargs):
         sizes.append(len(chunk))
@@ -195,10 +204,10 @@ def test_running_out_of_memory_halves_the_chunk(tiny, tokens_of, monkeypatch):
             raise torch.OutOfMemoryError("no more")
         return real(model, clean, chunk, **kwargs)
 
-    monkeypatch.setattr(module, "run_packed", small_machine)
+    monkeypatch.setattr(module, "run_cached", small_machine)
     assert_close(ss.counterfactuals(model, tokens, rows, progress=False), expected)
     assert sizes[:4] == [24, 12, 6, 3]
-    monkeypatch.setattr(module, "run_packed", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(module, "run_cached", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(ss.ModelError, match="not even one row"):
         ss.counterfactuals(model, tokens, rows, progress=False)
 
@@ -206,19 +215,49 @@ def test_running_out_of_memory_halves_the_chunk(tiny, tokens_of, monkeypatch):
 def test_a_model_that_ignores_the_mask_falls_back(make_tiny, tokens_of, monkeypatch):
     """The fast engine is not believed, whatever the reason for which it is wrong."""
     model, tokens = make_tiny("llama"), tokens_of(N)
-    real = module.run_packed
 
-    def blind(model, clean, rows, **kwargs):
-        states = real(model, clean, rows, **kwargs)
-        return dataclasses.replace(states, norm=states.norm * 1.01)
+    def blind(real):
+        def run(model, clean, rows, **kwargs):
+            states = real(model, clean, rows, **kwargs)
+            return dataclasses.replace(states, norm=states.norm * 1.01)
 
-    monkeypatch.setattr(module, "run_packed", blind)
+        return run
+
+    for name in ("run_cached", "run_packed"):
+        monkeypatch.setattr(module, name, blind(getattr(module, name)))
     row = [I("mlp_out", 1, 5, ss.Zero())]
     result = ss.counterfactuals(model, tokens, row, progress=False)
     assert result.engine == "batched"
     assert result.self_test < 1e-4
-    with pytest.raises(ss.ModelError, match="method='full'"):
-        ss.counterfactuals(model, tokens, row, method="packed")
+    for engine in ("cached", "packed"):
+        with pytest.raises(ss.ModelError, match="method='full'"):
+            ss.counterfactuals(model, tokens, row, method=engine)
+
+
+def test_rows_that_are_no_tokens_of_the_text_are_seen(make_tiny, tokens_of, monkeypatch):
+    """A host that puts rows at other positions than it is told would be wrong beyond its test."""
+    model, tokens = make_tiny("llama"), tokens_of(N)
+    row = [I("mlp_out", 1, 5, ss.Zero())]
+    assert ss.counterfactuals(model, tokens, row).engine == "cached"
+    real = cached.forward
+
+    def elsewhere(model, tokens, editors, *, position_ids):
+        return real(model, tokens, editors, position_ids=position_ids // 2)
+
+    monkeypatch.setattr(cached, "forward", elsewhere)
+    with pytest.raises(ss.ModelError, match="last token, run alone"):
+        ss.counterfactuals(model, tokens, row)
+
+
+def test_cached_rows_are_not_for_hooks(make_tiny, tokens_of):
+    model, tokens = make_tiny("llama"), tokens_of(N)
+    row, hooks = [I("mlp_out", 1, 5, ss.Zero())], [("blocks.0.hook_mlp_out", lambda v, hook: v)]
+    with pytest.raises(ss.InputError, match="cached rows run without the text"):
+        ss.counterfactuals(model, tokens, row, method="cached", fwd_hooks=hooks)
+    model.add_hook(*hooks[0])
+    with pytest.raises(ss.ModelError, match="a hook on it"):
+        ss.counterfactuals(model, tokens, row, method="cached")
+    assert ss.counterfactuals(model, tokens, row).engine == "packed"
 
 
 def test_planted_writers_and_feeders_are_necessary():
@@ -257,7 +296,7 @@ def test_no_hook_is_left_when_an_edit_raises(make_tiny, tokens_of):
     def broken(value, clean, ordinary):
         raise RuntimeError("broken edit")
 
-    for method in ("packed", "full"):
+    for method in ("cached", "packed", "full"):
         with pytest.raises(RuntimeError, match="broken edit"):
             ss.counterfactuals(
                 model, tokens_of(N), [I("mlp_out", 1, 5, broken)], method=method, progress=False

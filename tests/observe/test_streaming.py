@@ -435,7 +435,7 @@ def test_planted_sinks_are_found_streaming():
 def test_whole_texts_are_the_same_streamed(tiny, tokens_of, small_blocks):
     model, tokens = tiny("qwen2"), tokens_of(N)
     sinks = ss.detect_sinks(model, tokens, primary=0)
-    clean = CleanRun.of(model, sinks, for_rows=False)
+    clean = CleanRun.of(model, sinks)
     assert not clean.shows_scores
     texts = [
         [ss.Intervention("mlp_out", 1, 3, ss.Zero()), ss.Intervention("z", 2, 5, ss.Scale(2.0))],

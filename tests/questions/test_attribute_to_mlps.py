@@ -161,7 +161,7 @@ def test_the_same_answer_from_text_map_and_full_passes():
     by_text = ss.attribute_to_mlps(host, sinks.tokens, **kwargs)
     both = ss.attribute_to_mlps(host, sinks.tokens, sinks, which=sinks.secondary[:1], **kwargs)
     full = ss.attribute_to_mlps(host, sinks, which=sinks.secondary[:1], method="full", **kwargs)
-    assert (by_map.engine, full.engine) == ("packed", "full")
+    assert (by_map.engine, full.engine) == ("cached", "full")
     assert by_map.controls == by_text.controls
     assert both.sinks == by_map.sinks[:1]
     assert torch.equal(full.mlp_zero.lifetime, both.mlp_zero.lifetime)
