@@ -68,18 +68,11 @@ def clean_run_for_rows(
         ModelError: the model cannot be measured, or "cached" was asked for and cannot be had.
     """
     keep: KeepText | KeepMasks | None = None if method == "full" else KeepMasks(begin_at)
-    if method in ("auto", "cached"):
-        text = KeepText(positions, sites)
+    if method == "cached" or (method == "auto" and not (fwd_hooks or has_hooks(model))):
         read = layer_sites(["resid_pre", "resid_post"], describe(model).n_layers)
         try:
-            path_of_attention(
-                model,
-                cast(Tensor, sinks.tokens),
-                "streaming",
-                sites=[*read, *sites],
-                fwd_hooks=fwd_hooks,
-            )
-            keep = text
+            path_of_attention(model, cast(Tensor, sinks.tokens), "streaming", sites=[*read, *sites])
+            keep = KeepText(positions, sites)
         except ModelError:
             if method == "cached":
                 raise
