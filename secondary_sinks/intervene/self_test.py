@@ -28,6 +28,7 @@ from secondary_sinks.intervene.full import run_full
 from secondary_sinks.intervene.interventions import Intervention, Row, rows_of
 from secondary_sinks.intervene.rows import RowStates
 from secondary_sinks.models.host import UserHook, describe, has_hooks
+from secondary_sinks.models.precision import tolerance
 
 Method = Literal["auto", "packed", "batched", "full"]
 
@@ -81,17 +82,6 @@ def choose_engine(
         f"{min(errors, default=None)}): its attention, or a hook on it, cannot be run that way; "
         "use method='full'"
     )
-
-
-def tolerance(model: Any) -> float:
-    """Largest difference from a full pass that rounding may explain: 1e-4 in float32, 6e-2 in
-    bfloat16, 8e-3 in float16.
-
-    Measured in bfloat16 on tiny models of nine families: up to 4e-3 in self-tests and 9e-3 over
-    many edits, all of it in direct scores; a mask that is ignored gives differences near one.
-    """
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    return max(1e-4, 8 * eps)
 
 
 def _self_test(model: Any, clean: CleanRun, engine: FastEngine) -> float | None:
