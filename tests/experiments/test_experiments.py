@@ -88,8 +88,11 @@ def test_the_writers_are_the_planted_ones():
 
 def test_attention_rises_with_the_dose_where_lifetime_was_planted():
     """A planted sink is erased in its layer whatever its length, so lifetime does not follow."""
-    why = outcome("claim_2_dose").verdict.why
+    found = outcome("claim_2_dose")
+    why = found.verdict.why
     assert "exceeds 0.8 in 100 %; of written norm and lifetime" in why
+    assert set(found.tables["claim_2_sinks"]["saturation_dose"]) == {0.25}, "less is no sink"
+    assert "from a median dose of 25 % of the model's own norm on" in why
 
 
 def test_all_of_them_in_one_command(monkeypatch, tmp_path):

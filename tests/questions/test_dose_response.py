@@ -102,6 +102,25 @@ def test_another_layer_than_the_writer_changes_little():
     assert curve.norm[:, sink.l_start].std() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("scales", "lifetime", "expected"),
+    [
+        ([0.0, 0.5, 1.0, 2.0], [0, 4, 4, 4], 0.5),
+        ([2.0, 1.0, 0.5, 0.0], [4, 4, 4, 0], 0.5),  # in any order
+        ([0.0, 0.5, 1.0, 2.0], [4, 4, 4, 4], 0.0),
+        ([0.25, 0.5, 0.75, 1.0], [4, 3, 4, 4], 0.75),  # as often as it differs before
+        ([0.0, 0.5, 1.0, 2.0], [0, 3, 4, 5], math.inf),
+        ([0.0, 0.5, 2.0], [0, 4, 4], math.nan),
+    ],
+)
+def test_saturation_dose(scales, lifetime, expected):
+    host, sinks = default()
+    curve = ss.dose_response(host, sinks, sinks.secondary[0], [1.0])
+    is_sink = torch.arange(len(curve.is_sink[0])) < torch.tensor(lifetime)[:, None]
+    curve = dataclasses.replace(curve, scales=torch.tensor(scales), is_sink=is_sink)
+    assert curve.saturation_dose == pytest.approx(expected, nan_ok=True)
+
+
 def test_table_figure_and_file(tmp_path):
     host, sinks = default()
     curve = ss.dose_response(host, sinks, sinks.secondary[0], totals=True, progress=False)
