@@ -117,7 +117,9 @@ def streamed_attention(
     Raises:
         ModelError: at the end, if a layer did not run its attention exactly once.
     """
-    kernel = StreamingAttention(lengths, request)
+    # What a learned sink logit leaves of a query's weights is told by the sum that divides them.
+    log_sum_exp = request.log_sum_exp or request.entropy
+    kernel = StreamingAttention(lengths, dataclasses.replace(request, log_sum_exp=log_sum_exp))
     calls: dict[int, int] = defaultdict(int)
 
     def attend(layer: int, inputs: AttentionInputs) -> Tensor:
@@ -131,7 +133,7 @@ def streamed_attention(
             softcap=inputs.softcap,
             sink_logits=inputs.sink_logits,
         )
-        receive(layer, columns)
+        receive(layer, [one.measured(inputs.window, inputs.sink_logits) for one in columns])
         return output
 
     with replaced_attention(model, attend):
