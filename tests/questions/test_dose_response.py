@@ -10,7 +10,12 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.models.planted import planted_model, random_planted
+from secondary_sinks.models.planted import (
+    PlantedPhase,
+    PlantedSink,
+    planted_model,
+    random_planted,
+)
 
 SEEDS = [0, 2, 4, 5, 6, 8, 10, 11, 13, 15]  # of those with secondary sinks
 
@@ -46,6 +51,28 @@ def test_planted_law(seed):
     assert second_difference.abs().max() < 1e-3 * float((norm**2).max())
     assert (curve.score.diff() > -1e-4).all()
     assert curve.score_correlation.rho > 0.9
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_planted_law_of_a_sink_that_fades(architecture):
+    """Every layer takes off the same length, so the lifetime grows with the dose."""
+    sinks = (
+        PlantedSink(token=9, writer=3, norm=80, lifetime=4, fades=True),
+        PlantedSink(token=12, writer=4, norm=150, lifetime=5, fades=True, feeders=(1, 2)),
+    )
+    phase = PlantedPhase(start=1, end=15, norm=400)
+    model = planted_model(n_layers=16, phases=(phase,), secondary=sinks, architecture=architecture)
+    host, tokens = model.load(), model.tokens(64)
+    found = ss.detect_sinks(host, tokens)
+    for expected in model.truth(tokens).sinks:
+        curve = ss.dose_response(host, found, expected.position, progress=False)
+        assert curve.writer == expected.writer
+        lived = [math.ceil(dose * expected.lifetime) for dose in curve.scales.tolist()]
+        assert curve.lifetime.tolist() == [min(n, phase.end - expected.onset) for n in lived]
+        assert curve.lifetime_correlation.rho > 0.98
+        taken_off = expected.norm / expected.lifetime
+        falls = -curve.norm[-1, expected.onset : expected.onset + 6].diff()
+        torch.testing.assert_close(falls, torch.full((5,), taken_off), rtol=0.02, atol=0.0)
 
 
 def test_the_clean_dose_is_the_clean_sink():
