@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pandas as pd
-from shared import Bench, Outcome, Verdict, cannot_tell, main, percent
+from shared import Bench, Outcome, Verdict, by_text, cannot_tell, main, percent
 
 import secondary_sinks as ss
 
@@ -24,8 +23,7 @@ def run(bench: Bench) -> Outcome:
     if not bench.close:
         return cannot_tell(bench)
     found = [ss.sink_decomposition(bench.model, s, progress=False) for s in bench.close]
-    frame = pd.concat([one.to_frame() for one in found], keys=range(len(found)), names=["text"])
-    frame = frame.reset_index(level="text")
+    frame = by_text(found)
     ended = frame[frame["last_layer"] < found[0].n_layers - 1]
     outcome = {
         "figures": {"beyond_erasers": found[0].plot()},

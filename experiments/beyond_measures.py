@@ -9,8 +9,7 @@ secondary sinks; not supported otherwise.
 
 from __future__ import annotations
 
-import pandas as pd
-from shared import Bench, Outcome, Verdict, cannot_tell, main
+from shared import Bench, Outcome, Verdict, by_text, cannot_tell, main
 
 import secondary_sinks as ss
 
@@ -20,8 +19,7 @@ def run(bench: Bench) -> Outcome:
     if not bench.close:
         return cannot_tell(bench)
     found = [ss.other_measures(bench.model, sinks) for sinks in bench.close]
-    frame = pd.concat([one.to_frame() for one in found], keys=range(len(found)), names=["text"])
-    frame = frame.reset_index(level="text")
+    frame = by_text(found)
     own = frame[frame["secondary"]]
     names = [name for name in ("gu", "massive", "reference") if name in frame]
     shares = {name: float(own[name].mean()) for name in names}

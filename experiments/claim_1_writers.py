@@ -29,9 +29,7 @@ def run(bench: Bench) -> Outcome:
     share = sum(one.n_sinks for one in named) / pooled.n_sinks
     tables = {
         "claim_1_writers": pooled.to_frame(),
-        "claim_1_sinks": pd.concat(
-            [one.to_frame() for one in bench.attributions], keys=_texts(bench)
-        ),
+        "claim_1_sinks": pd.concat([one.to_frame() for one in bench.attributions]),
     }
     figures = {"claim_1_writers": bench.attributions[0].plot()}
     if not named:
@@ -55,10 +53,6 @@ def run(bench: Bench) -> Outcome:
         f"{first.p_value:.2g} over {first.n_texts} texts). It needs: {feeders}."
     )
     return Outcome(Verdict("supported" if holds else "not supported", why), figures, tables)
-
-
-def _texts(bench: Bench) -> range:
-    return range(len(bench.attributions))
 
 
 if __name__ == "__main__":

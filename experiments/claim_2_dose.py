@@ -5,7 +5,8 @@ many layers it lasts.
 
 Tested by intervention: the same token gets the same vector at 21 lengths from nothing to 2.5 times
 the model's own. Supported if, in at least 80 % of the sinks, both the direct sink score and the
-lifetime rise with the dose (Spearman above 0.8), not supported otherwise.
+lifetime rise with the dose (Spearman above 0.8), not supported otherwise. Where lifetimes saturate,
+the smallest dose from which on they are that of the clean run is told beside.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def run(bench: Bench) -> Outcome:
             "writer": [one.writer for one in curves],
             "score_rho": [one.score_correlation.rho for one in curves],
             "lifetime_rho": [one.lifetime_correlation.rho for one in curves],
+            "saturation_dose": [one.saturation_dose for one in curves],
         }
     )
     score = (rhos["score_rho"] > MIN_RHO).mean()
@@ -63,7 +65,9 @@ def run(bench: Bench) -> Outcome:
         f"{len(curves)} sinks of {len(bench.close)} texts ({bench.name}): Spearman of written norm "
         f"and direct sink score has median {rhos['score_rho'].median():.2f} and exceeds {MIN_RHO} "
         f"in {percent(score)}; of written norm and lifetime, median "
-        f"{rhos['lifetime_rho'].median():.2f}, and {percent(life)}."
+        f"{rhos['lifetime_rho'].median():.2f}, and {percent(life)}. The lifetime is that of the "
+        f"clean run from a median dose of {percent(rhos['saturation_dose'].median())} of the "
+        f"model's own norm on."
     )
     return Outcome(
         Verdict("supported" if holds else "not supported", why),

@@ -13,9 +13,8 @@ a cosine with next to nothing says little.
 
 from __future__ import annotations
 
-import pandas as pd
 import torch
-from shared import Bench, Outcome, Verdict, cannot_tell, main
+from shared import Bench, Outcome, Verdict, by_text, cannot_tell, main
 
 import secondary_sinks as ss
 
@@ -27,8 +26,7 @@ def run(bench: Bench) -> Outcome:
     if not bench.close:
         return cannot_tell(bench)
     found = [ss.mlp_stage_alignment(bench.model, s, seed=bench.seed) for s in bench.close]
-    frame = pd.concat([one.to_frame() for one in found], keys=range(len(found)), names=["text"])
-    frame = frame.reset_index(level="text")
+    frame = by_text(found)
     own = frame.groupby("stage", sort=False)["cosine"].median()
     first, last = (
         torch.cat([one.emergence_cosine[:, one.stages.index(stage)] for one in found]).nanmedian()

@@ -10,7 +10,7 @@ tables and the verdict. `main` makes a command of it, and `run_all.py` runs all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +122,14 @@ class Bench:
 def cannot_tell(bench: Bench, why: str = "") -> Outcome:
     """The outcome where there is nothing to measure."""
     return Outcome(Verdict("cannot tell", why or f"No secondary sinks: {bench.about()}."))
+
+
+def by_text(found: Sequence[Any]) -> pd.DataFrame:
+    """One table of the results of several texts, with the number of the text in front."""
+    import pandas as pd
+
+    frames = [one.to_frame() for one in found]
+    return pd.concat(frames, keys=range(len(frames)), names=["text"]).reset_index(level="text")
 
 
 def make_bench(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,18 @@ class DoseResponse(Result):
     def total(self) -> Float[Tensor, "dose"]:
         """Mean total score over the same layers."""
         return self.total_score[:, self._shown].mean(dim=1)
+
+    @property
+    def saturation_dose(self) -> float:
+        """Smallest scale from which on the lifetime is that at scale 1: longer vectors change it no
+        more. Infinite where it still differs at the largest scale; NaN without a scale of 1."""
+        order = self.scales.argsort()
+        scales, lifetime = self.scales[order], self.lifetime[order]
+        if not (scales == 1).any():
+            return math.nan
+        differs = (lifetime != lifetime[scales == 1][0]).nonzero().flatten().tolist()
+        lasting = scales[differs[-1] + 1 :] if differs else scales
+        return float(lasting[0]) if len(lasting) else math.inf
 
     @property
     def _shown(self) -> list[int]:

@@ -31,6 +31,7 @@ from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.models.host import SITE_HOOKS, Site, describe, has_site, observe
 from secondary_sinks.models.identity import hooks_aside
 from secondary_sinks.models.norm_map import NormMap
+from secondary_sinks.models.precision import tolerance
 
 MlpKind = Literal["gated", "plain", "experts"]
 
@@ -316,11 +317,6 @@ def affine(vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`vectors @ weight + bias` in float32 on the CPU."""
     product = vectors.float().cpu() @ weight.float().cpu()
     return product if bias is None else product + bias.float().cpu()
-
-
-def tolerance(model: Any) -> float:
-    """Relative error that rounding in the model's own precision explains."""
-    return max(1e-4, 8 * torch.finfo(_dtype(model)).eps)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -7,7 +7,8 @@ are constructed, not trained, so that the whole truth is known, while the mechan
 * the MLP of `PlantedPhase.start` reads the feature of `<bos>` in the residual stream and writes a
   large vector along the *sink direction*; the MLP of `PlantedPhase.end` erases it;
 * the MLP of `PlantedSink.writer` does the same for another token, if every one of the `feeders`
-  (MLPs of earlier layers) has written its part of the feature that the writer reads;
+  (MLPs of earlier layers) has written its part of the feature that the writer reads. It is erased
+  at once after its lifetime, or `fades` by the same length in every layer;
 * in every layer at least half of the heads are *sink heads*: each query asks for tokens whose
   normalized residual points along the sink direction. The other heads attend to random features;
 * *aligned decoys* get a vector along the sink direction and a mark that keys read as "do not look";

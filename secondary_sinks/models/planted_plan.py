@@ -35,9 +35,13 @@ class PlantedSink:
     norm: float
     """Norm of the written vector."""
     lifetime: int
-    """Number of layers. The MLP of layer `writer + lifetime` erases the vector, if there is one."""
+    """Number of layers. The MLP of layer `writer + lifetime` erases the vector, if there is one
+    (or the last of it; see `fades`)."""
     feeders: tuple[int, ...] = ()
     """Earlier layers whose MLPs must each write a part of the feature that the writer reads."""
+    fades: bool = False
+    """Not erased at once, whatever its length: every MLP after the writer takes off `norm /
+    lifetime`, as long as there is any. So a longer vector lives longer."""
 
     @property
     def end(self) -> int:
@@ -175,6 +179,9 @@ def _check_sink(plan: PlantedPlan, sink: PlantedSink) -> None:
     _refuse(bool(wrong), f"{sink}: feeders {wrong} are not layers before the writer")
     _refuse(len(set(sink.feeders)) < len(sink.feeders), f"{sink} names a feeder twice")
     _check_norm(plan, sink.norm, repr(sink))
+    if sink.fades:
+        _check_norm(plan, sink.norm / sink.lifetime, f"{sink} in its last layer")
+        _refuse(plan.common > 0, f"{sink} would not fade evenly beside a common component")
 
 
 def _check_norm(plan: PlantedPlan, norm: float, name: str) -> None:

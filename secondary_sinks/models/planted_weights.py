@@ -31,7 +31,8 @@ must end a transplanted sink as well. So it reads nothing of the token, only wha
 tag, a tenth of the written vector, together with the sink axis. After normalisation a massive
 token looks alike whatever its norm is; what still tells the norm is how small `const` became. A
 bank of neurons with hinges in `const / sink` interpolates the norm from it, and so erases
-0.25 to 4 times the planted vector equally well.
+0.25 to 4 times the planted vector equally well. A sink that *fades* has such a bank in every layer
+after the writer, which takes off what there is, but no more than one and the same length.
 
 **Solving in one pass.** Each layer's weights need the activations that the layers below produce.
 `Solver.solve` runs the Hugging Face model once on probe tokens, with hooks that set every attention
@@ -71,8 +72,10 @@ NOISE_NEURONS = 16
 LARGE_AXES = 2
 MINIMUM_BLOCK = 6
 """Fewest axes for each of the identity and noise blocks."""
-DOSES = tuple(1.15**k for k in range(-10, 11))
-"""Multiples of the planted vector at which an eraser is exact."""
+DOSE_RATIO, N_DOSES = 1.15, 10
+"""An eraser is exact at so many powers of the ratio, up and down, of the planted vector."""
+LEAST_LENGTH = 2.0
+"""From which length on a fading sink is erased to nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,9 @@ class Layout:
         special = (*plan.primary_tokens, *(s.token for s in plan.secondary), *plan.aligned_decoys)
         triggers = {token: next(axes) for token in special}
         feeds = {sink.token: next(axes) for sink in plan.secondary if sink.feeders}
-        sink_tags = {s.token: next(axes) for s in plan.secondary if s.end < plan.n_layers}
+        sink_tags = {
+            s.token: next(axes) for s in plan.secondary if s.fades or s.end < plan.n_layers
+        }
         phase_tags = {p.start: next(axes) for p in plan.phases if p.end < plan.n_layers}
         first = next(axes)
         middle = first + (plan.d_model - first) // 2
@@ -181,21 +186,33 @@ class Erase:
     """Whether multiples of the vector are erased as well. Not for a primary, whose input is the
     same in every context: with a norm of 2,000 the constant coordinate is so small after
     normalisation that float32 rounding would leave more behind than the plain neuron does."""
+    fades: bool = False
+    """Whether no more than the vector is erased where multiples of it are there."""
+
+    @property
+    def doses(self) -> list[float]:
+        """Multiples of the vector at which it is exact."""
+        if not self.dosed:
+            return [1.0]
+        least = math.log(LEAST_LENGTH / float(self.vector.norm()), DOSE_RATIO) if self.fades else 0
+        return [DOSE_RATIO**k for k in range(min(math.floor(least), -N_DOSES), N_DOSES + 1)]
 
     @property
     def n_neurons(self) -> int:
         """Number of neurons."""
-        return len(DOSES) if self.dosed else 1
+        return len(self.doses)
 
     def neurons(
         self, layout: Layout, mid: Float[Tensor, "row d_model"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up [neuron, d_model] and down [d_model, neuron] for this token's inputs `mid`."""
         mid = mid.mean(0)
+        if self.fades:  # the weights are those for one vector, whatever is there
+            mid = mid + (1 - mid[self.tag] / self.vector[self.tag]) * self.vector
         sink, const = layout.unit(layout.sink), layout.unit(layout.const)
         # Equal to x[sink] where the vector is present, 0 where it is not.
         tagged = layout.unit(self.tag) * (self.vector[layout.sink] / self.vector[self.tag])
-        doses = torch.tensor(DOSES if self.dosed else (1.0,), dtype=mid.dtype)
+        doses = torch.tensor(self.doses, dtype=mid.dtype)
         x = normalized(mid + (doses[:, None] - 1) * self.vector)
         if self.dosed:
             # Neuron k is on above dose k - 1, that is where const / sink is below its hinge. The
@@ -209,7 +226,7 @@ class Erase:
             gate = gate * (GATE / (gate @ normalized(mid)))
         up = sink.expand_as(gate)
         activation = functional.silu(x @ gate.T) * (x @ up.T)
-        weights = torch.linalg.solve(activation, -doses)
+        weights = torch.linalg.solve(activation, -doses.clamp_max(1 if self.fades else math.inf))
         return gate, up, self.vector[:, None] * weights
 
 
@@ -239,7 +256,10 @@ def circuits(plan: PlantedPlan, layout: Layout) -> list[Write | Erase]:
             part = layout.unit(feed) * TRIGGER / count
             parts += [Write(feeder, sink.token, trigger, part) for feeder in sink.feeders]
             parts.append(Write(sink.writer, sink.token, feed, vector, parts=count))
-        if tag is not None:
+        if tag is not None and sink.fades:
+            step, after = vector / sink.lifetime, range(sink.writer + 1, plan.n_layers)
+            parts += [Erase(layer, sink.token, tag, step, True, fades=True) for layer in after]
+        elif tag is not None:
             parts.append(Erase(sink.end, sink.token, tag, vector, dosed=True))
     for token in plan.aligned_decoys:
         vector = layout.marked(plan.aligned_decoy_norm, layout.shy, SHY)

@@ -19,7 +19,7 @@ without one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,8 @@ class ColumnRequest:
     thresholds: tuple[float, ...] = ()
     """Count, for each of these, the queries that give a token more weight than it."""
     entropy: bool = False
-    """The entropy of each query's weights."""
+    """The entropy of each query's weights, and what it is measured by: their sum, and how many keys
+    the query sees."""
     log_sum_exp: bool = False
     """The logarithm of what each query's weights were divided by."""
     inputs: bool = False
@@ -84,6 +85,11 @@ class AttentionColumns:
     them. A pattern does not tell it: of streamed attention only."""
     inputs: AttentionInputs | None = None
     """What it was computed from, with a batch of this text alone: of streamed attention only."""
+    total: Float[Tensor, "head query"] | None = None
+    """Sum of each query's weights: 1, less what a learned sink logit takes."""
+    n_visible: Float[Tensor, "query"] | None = None
+    """How many keys each query sees. In a pattern those from the farthest on that any head gives
+    any weight."""
 
     @classmethod
     def zeros(
@@ -115,15 +121,36 @@ class AttentionColumns:
         found = (self.received, self.own, self.entropy, self.log_sum_exp)
         return [one for one in (*found, *(self.above or {}).values()) if one is not None]
 
+    def measured(
+        self, window: int | None, sink_logits: Float[Tensor, "head"] | None
+    ) -> AttentionColumns:
+        """These columns of causal attention, if they hold entropies, with `total` and `n_visible`.
+
+        Args:
+            window: how many keys a query sees, itself included; None: all.
+            sink_logits: a logit a head that joins each softmax and whose weight goes nowhere.
+        """
+        if self.entropy is None or self.log_sum_exp is None:
+            return self
+        n_tokens = self.entropy.shape[1]
+        n_visible = torch.arange(1.0, n_tokens + 1, device=self.entropy.device)
+        total = torch.ones_like(self.entropy)
+        if sink_logits is not None:
+            total -= (sink_logits.float()[:, None] - self.log_sum_exp).exp()
+        return replace(self, total=total, n_visible=n_visible.clamp_max(window or n_tokens))
+
     @classmethod
     def of_pattern(
         cls, pattern: Float[Tensor, "head query key"], request: ColumnRequest
     ) -> AttentionColumns:
         """Reduce a whole pattern."""
         own = pattern.diagonal(dim1=1, dim2=2).float()
-        entropy = None
+        entropy = total = n_visible = None
         if request.entropy:
             entropy = torch.special.entr(pattern.float()).sum(dim=-1)
+            total = pattern.sum(dim=-1, dtype=torch.float32)
+            farthest = (pattern > 0).any(dim=0).float().argmax(dim=-1)
+            n_visible = torch.arange(1.0, len(farthest) + 1, device=pattern.device) - farthest
         later = pattern.float().tril(-1) if request.maximum or request.thresholds else None
         return cls(
             received=pattern.sum(dim=1, dtype=torch.float32) - own,
@@ -136,4 +163,6 @@ class AttentionColumns:
                 for threshold in request.thresholds
             },
             entropy=entropy,
+            total=total,
+            n_visible=n_visible,
         )

@@ -37,6 +37,7 @@ from secondary_sinks.models.host import (
 )
 from secondary_sinks.models.identity import hooks_aside
 from secondary_sinks.models.memory import is_out_of_memory
+from secondary_sinks.models.precision import tolerance
 from secondary_sinks.models.streaming import (
     AttentionInputs,
     has_module_hooks,
@@ -115,7 +116,9 @@ def streamed_attention(
     Raises:
         ModelError: at the end, if a layer did not run its attention exactly once.
     """
-    kernel = StreamingAttention(lengths, request)
+    # What a learned sink logit leaves of a query's weights is told by the sum that divides them.
+    log_sum_exp = request.log_sum_exp or request.entropy
+    kernel = StreamingAttention(lengths, dataclasses.replace(request, log_sum_exp=log_sum_exp))
     calls: dict[int, int] = defaultdict(int)
 
     def attend(layer: int, inputs: AttentionInputs) -> Tensor:
@@ -129,6 +132,7 @@ def streamed_attention(
             softcap=inputs.softcap,
             sink_logits=inputs.sink_logits,
         )
+        columns = [one.measured(inputs.window, inputs.sink_logits) for one in columns]
         if request.inputs:
             texts = enumerate(zip(columns, lengths, strict=True))
             columns = [replace(own, inputs=inputs.of_text(row, n)) for row, (own, n) in texts]
@@ -184,7 +188,7 @@ def _compare_parts(model: Any, tokens: Tensor, widths: set[int]) -> _Comparison:
     if comparison.problem is not None:
         return comparison
     try:
-        problem = window_problem(model, tokens, widths, _tolerance(model))
+        problem = window_problem(model, tokens, widths, tolerance(model))
     except _HOST_FAILS as error:
         problem = _reason(error)
     return replace(comparison, problem=problem)
@@ -197,12 +201,12 @@ def _compare(model: Any, tokens: Tensor) -> _Comparison:
         return _Comparison(_reason(error), frozenset())
     eager = _Pass(model, tokens, stream=False)
     difference = streamed.difference(eager)
-    tolerance = _tolerance(model)
+    allowed = tolerance(model)
     problem = None
-    if not difference <= tolerance:
+    if not difference <= allowed:
         problem = (
             f"on {len(tokens)} tokens {describe(model).name!r} differs from its eager pass by "
-            f"{difference:.1e}, more than the {tolerance:.1e} that rounding explains"
+            f"{difference:.1e}, more than the {allowed:.1e} that rounding explains"
         )
     same = {name for name in eager.hooks if _close(eager.hooks[name], streamed.hooks.get(name))}
     return _Comparison(problem, frozenset(same))
@@ -320,9 +324,3 @@ def _unseen(
         if point._forward_hooks and canonical[name] not in comparison.same_hooks:
             return f"the model has a hook at {name!r}, which does not fire there"
     return None
-
-
-def _tolerance(model: Any) -> float:
-    """Largest difference that rounding may explain: 1e-4 in float32, 6e-2 in bfloat16."""
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    return max(1e-4, 8 * eps)

@@ -7,12 +7,17 @@ the uniform distribution, the logarithm of the number of visible keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 from secondary_sinks.observe.collectors import Collector, Run
+
+_LEAST = 1e-4
+"""Least sum of a query's weights. Streamed, what a learned logit leaves is known to about 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +38,16 @@ class Entropies:
 class AttentionEntropy(Collector):
     """Entropy of every query's attention. Result: `Entropies`.
 
-    The visible keys of a query are those from the farthest key on that any head of the layer gives
-    any weight; with a sliding window these are fewer than all. Where rows of weights do not add up
-    to 1, because a model lets heads look at nothing, they are normalized first: it is the entropy
-    among the keys.
+    With a sliding window a query sees fewer keys than all before it. Where rows of weights do not
+    add up to 1, because a model lets heads look at nothing, they are normalized first: it is the
+    entropy among the keys. Where less than a ten-thousandth is left of a row there is no such
+    entropy, and the query does not count in that head's means.
 
     A low entropy is not evidence of a sink: attention to the preceding token has one as well.
     """
 
-    sites = ("pattern",)
+    sites = (ATTENTION,)
+    attention = ColumnRequest(entropy=True)
 
     def __init__(self, name: str | None = None):
         self.name = name or "AttentionEntropy"
@@ -51,24 +57,26 @@ class AttentionEntropy(Collector):
         self._entropy: list[Tensor] = []
         self._normalized: list[Tensor] = []
 
-    def update(self, site: str, layer: int | None, activation: Tensor) -> None:
-        """Reduce one layer's pattern [head, query, key] over keys."""
-        weight = activation.float()
-        weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(1e-30)
-        entropy = torch.special.entr(weight).sum(dim=-1)
-        seen = (activation > 0).any(dim=0)
-        farthest = seen.float().argmax(dim=-1)
-        visible = torch.arange(1, len(farthest) + 1, device=farthest.device) - farthest
-        most = visible.float().log()
-        self._entropy.append(entropy.cpu())
-        self._normalized.append((entropy / most.masked_fill(visible < 2, torch.nan)).cpu())
+    def update(self, site: str, layer: int | None, activation: AttentionColumns) -> None:
+        """Take the entropies of one layer."""
+        unnormalized, total, visible = (
+            cast(Tensor, one).cpu()
+            for one in (activation.entropy, activation.total, activation.n_visible)
+        )
+        # Of weights w that add up to s: the sum of -w/s log(w/s) is that of -w log w, over s, and
+        # the logarithm of s more.
+        total = total.masked_fill(total < _LEAST, torch.nan)
+        entropy = (unnormalized / total + total.log()).clamp_min(0)
+        most = visible.masked_fill(visible < 2, torch.nan).log()
+        self._entropy.append(entropy)
+        self._normalized.append(entropy / most)
 
     def result(self) -> Entropies:
         """Means over queries and over heads."""
         entropy, normalized = torch.stack(self._entropy), torch.stack(self._normalized)
         return Entropies(
-            by_head=entropy.mean(dim=2),
-            by_query=entropy.mean(dim=1),
+            by_head=entropy.nanmean(dim=2),
+            by_query=entropy.nanmean(dim=1),
             normalized_by_head=normalized.nanmean(dim=2),
-            normalized_by_query=normalized.mean(dim=1),
+            normalized_by_query=normalized.nanmean(dim=1),
         )

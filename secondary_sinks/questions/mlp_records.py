@@ -17,7 +17,8 @@ from torch import Tensor
 from secondary_sinks.errors import ModelError
 from secondary_sinks.explain.sinks import SinkMap
 from secondary_sinks.models.host import UserHook, describe
-from secondary_sinks.models.mlp import Mlp, mlp_of, run_mlp, tolerance
+from secondary_sinks.models.mlp import Mlp, mlp_of, run_mlp
+from secondary_sinks.models.precision import tolerance
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import Trace, trace
 

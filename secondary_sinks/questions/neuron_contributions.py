@@ -27,7 +27,8 @@ from secondary_sinks.intervene.clean import CleanRun
 from secondary_sinks.intervene.interventions import Intervention
 from secondary_sinks.intervene.self_test import Method
 from secondary_sinks.models.host import UserHook, describe
-from secondary_sinks.models.mlp import need_neurons, tolerance
+from secondary_sinks.models.mlp import need_neurons
+from secondary_sinks.models.precision import tolerance
 from secondary_sinks.models.text import Text
 from secondary_sinks.questions.attribution_rows import Target
 from secondary_sinks.questions.counterfactuals import CounterfactualRows, counterfactuals

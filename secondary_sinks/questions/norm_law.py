@@ -15,7 +15,7 @@ from secondary_sinks.models.host import UserHook
 from secondary_sinks.models.text import Text
 from secondary_sinks.questions.direct_writes import direct_writes
 from secondary_sinks.questions.given import sink_maps_of
-from secondary_sinks.questions.writers import candidates
+from secondary_sinks.questions.writers import candidates, given_writers
 
 
 def norm_law(
@@ -112,26 +112,14 @@ def _written(
     """Of each sink of one text: the writer, the norm of its output, its length along the sink
     direction."""
     writes = direct_writes(model, sinks, chosen, fwd_hooks=fwd_hooks)
-    rows = []
-    for index, sink in enumerate(chosen):
-        if writers is None:
-            layer = candidates(writes, chosen)[index]
-        else:
-            layer = _given(writers, sink, int(sinks.model["n_layers"]))
-        norm, length = writes.mlp_norm[index, layer], writes.mlp[index, layer]
-        rows.append((layer, float(norm), float(length)))
-    return rows
-
-
-def _given(writers: int | Mapping[int, int], sink: Sink, n_layers: int) -> int:
-    if isinstance(writers, Mapping):
-        if sink.l_start not in writers:
-            raise InputError(f"writers name no layer for onset {sink.l_start} ({sink!r})")
-        layer = writers[sink.l_start]
+    if writers is None:
+        layers = candidates(writes, chosen)
     else:
-        layer = writers
-    if not 0 <= layer <= min(sink.l_start, n_layers - 1):
-        raise InputError(
-            f"writer {layer} of {sink!r}; a writer is a layer from 0 to the onset {sink.l_start}"
-        )
-    return int(layer)
+        layers = given_writers(writers, chosen, int(sinks.model["n_layers"]), by="onset")
+    for layer, sink in zip(layers, chosen, strict=True):
+        if layer > sink.l_start:
+            raise InputError(f"writer {layer} of {sink!r} comes after its onset {sink.l_start}")
+    return [
+        (layer, float(writes.mlp_norm[index, layer]), float(writes.mlp[index, layer]))
+        for index, layer in enumerate(layers)
+    ]

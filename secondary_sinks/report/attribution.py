@@ -11,26 +11,15 @@ feeders are dark on the left alone.
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.attribution import MlpAttribution
-from secondary_sinks.report.style import (
-    COLORS,
-    SMALL,
-    add_panel,
-    new_figure,
-    styled,
-    text_width,
-    visible,
-)
+from secondary_sinks.report.sink_rows import SinkRows, outline
+from secondary_sinks.report.style import add_panel, new_figure, styled
 
 _TOP, _BOTTOM, _GAP, _RIGHT, _BAR = 0.35, 0.45, 0.3, 0.15, 0.08  # inches
-_ROW = 0.16
-_MAX_ROWS = 60
 
 
 def plot_attribution(attribution: MlpAttribution, *, cell: float = 0.11) -> Figure:
@@ -48,40 +37,38 @@ def plot_attribution(attribution: MlpAttribution, *, cell: float = 0.11) -> Figu
     """
     if not cell > 0:
         raise InputError(f"cell is {cell} inches; it must be above 0")
-    n = min(len(attribution.sinks), _MAX_ROWS)
-    labels = [f"{s.position} {visible(s.token, limit=8)}" for s in attribution.sinks[:n]]
-    left = max(text_width(label) for label in labels) + 0.3
-    width, height = max(attribution.n_layers * cell, 1.9), max(n * _ROW, 0.5)
+    rows = SinkRows.of(attribution.sinks)
+    left = rows.label_width + 0.3
+    width, height = max(attribution.n_layers * cell, 1.9), max(rows.height, 0.5)
     bars = _GAP + _BAR + 0.45
     with styled():
         figure = new_figure(left + 2 * (width + bars) + _RIGHT, _TOP + height + _BOTTOM)
         panels = (
-            ("necessity: share of the sink lost", _length_lost(attribution)[:n], "Greys", 0.0),
-            ("direct write: share of the sink", _write_share(attribution)[:n], "RdGy_r", -1.0),
+            ("necessity: share of the sink lost", _length_lost(attribution), "Greys", 0.0),
+            ("direct write: share of the sink", _write_share(attribution), "RdGy_r", -1.0),
         )
         for number, (title, values, colors, least) in enumerate(panels):
             x = left + number * (width + bars)
             axes = add_panel(figure, x, _TOP, width, height)
             image = axes.imshow(
-                values, aspect="auto", cmap=colors, vmin=least, vmax=1, interpolation="nearest"
+                values[: len(rows)],
+                aspect="auto",
+                cmap=colors,
+                vmin=least,
+                vmax=1,
+                interpolation="nearest",
             )
             axes.set_title(title)
             axes.set_xlabel("layer of the MLP")
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-            axes.set_yticks(
-                range(n),
-                labels if number == 0 else [""] * n,
-                family="DejaVu Sans Mono",
-                parse_math=False,
-            )
-            axes.tick_params(axis="y", length=0)
-            _outline_writers(axes, attribution, n)
+            rows.name(axes, shown=number == 0)
+            for row, sink in enumerate(attribution.sinks[: len(rows)]):
+                if sink.writer is not None:
+                    outline(axes, row, sink.writer, "secondary", "writer")
             place = add_panel(figure, x + width + 0.1, _TOP, _BAR, height)
             bar = figure.colorbar(image, cax=place, ticks=[least, 0, 1] if least else [0, 1])
             bar.outline.set_linewidth(0.4)
-        rest = len(attribution.sinks) - n
-        if rest > 0:
-            figure.text(0.01, 0.01, f"and {rest} more sinks", fontsize=SMALL)
+        rows.tell_left_out(figure)
     return figure
 
 
@@ -96,20 +83,3 @@ def _write_share(attribution: MlpAttribution) -> np.ndarray:
     whole = [written.excess_projection[i, s.onset] for i, s in enumerate(attribution.sinks)]
     share: np.ndarray = written.excess.numpy() / np.array(whole)[:, None]
     return share.clip(-1, 1)
-
-
-def _outline_writers(axes: Axes, attribution: MlpAttribution, n: int) -> None:
-    for row, sink in enumerate(attribution.sinks[:n]):
-        if sink.writer is None:
-            continue
-        axes.add_patch(
-            Rectangle(
-                (sink.writer - 0.5, row - 0.5),
-                1,
-                1,
-                fill=False,
-                edgecolor=COLORS["secondary"],
-                linewidth=1.2,
-                gid="writer",
-            )
-        )

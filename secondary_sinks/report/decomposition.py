@@ -12,24 +12,14 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.decomposition import SinkDecomposition
-from secondary_sinks.report.style import (
-    COLORS,
-    SMALL,
-    add_panel,
-    new_figure,
-    styled,
-    text_width,
-    visible,
-)
+from secondary_sinks.report.sink_rows import SinkRows, outline
+from secondary_sinks.report.style import add_panel, new_figure, styled
 
 _TOP, _BOTTOM, _GAP, _RIGHT, _BAR = 0.35, 0.55, 0.3, 0.15, 0.08  # inches
-_ROW = 0.16
-_MAX_ROWS = 60
 _LEAST_SCALE = 0.01
 
 
@@ -48,32 +38,27 @@ def plot_decomposition(decomposition: SinkDecomposition, *, cell: float = 0.11) 
     """
     if not cell > 0:
         raise InputError(f"cell is {cell} inches; it must be above 0")
-    n = min(len(decomposition.sinks), _MAX_ROWS)
-    labels = [f"{s.position} {visible(s.token, limit=8)}" for s in decomposition.sinks[:n]]
-    left = max(text_width(label) for label in labels) + 0.3
+    rows = SinkRows.of(decomposition.sinks)
+    left = rows.label_width + 0.3
     width = max(decomposition.n_layers * cell, 1.9)
-    height = max(n * _ROW, 0.5)
+    height = max(rows.height, 0.5)
     heads_height = max(decomposition.n_heads * cell, 0.5)
     between = _GAP + _BAR + 0.5
     tallest = max(height, heads_height)
-    mlp = decomposition.shares(decomposition.write.excess).numpy()[:n]
-    attention = decomposition.shares(decomposition.write.attention_excess).numpy()[:n]
+    mlp = decomposition.shares(decomposition.write.excess).numpy()
+    attention = decomposition.shares(decomposition.write.attention_excess).numpy()
     heads = decomposition.shares(decomposition.head_write.excess).mean(dim=0).numpy().T
     with styled():
         figure = new_figure(left + 3 * (width + between) + 0.2 + _RIGHT, _TOP + tallest + _BOTTOM)
         for number, (kind, shares) in enumerate((("MLP", mlp), ("attention", attention))):
             x = left + number * (width + between)
             axes = add_panel(figure, x, _TOP, width, height)
-            _draw(figure, axes, shares, 1.0, x + width + 0.1, height)
+            _draw(figure, axes, shares[: len(rows)], 1.0, x + width + 0.1, height)
             axes.set_title(f"{kind}: share of the sink")
-            axes.set_yticks(
-                range(n),
-                labels if number == 0 else [""] * n,
-                family="DejaVu Sans Mono",
-                parse_math=False,
-            )
-            axes.tick_params(axis="y", length=0)
-            _outline(axes, decomposition, n, kind)
+            rows.name(axes, shown=number == 0)
+            for row, sink in enumerate(decomposition.sinks[: len(rows)]):
+                if sink.eraser and sink.eraser.startswith("mlp") == (kind == "MLP"):
+                    outline(axes, row, sink.verdict.candidate_layer, "primary", "eraser")
         x = left + 2 * (width + between) + 0.2
         axes = add_panel(figure, x, _TOP, width, heads_height)
         scale = max(float(np.nanmax(np.abs(heads))), _LEAST_SCALE)
@@ -81,9 +66,7 @@ def plot_decomposition(decomposition: SinkDecomposition, *, cell: float = 0.11) 
         axes.set_title("heads: mean share")
         axes.set_ylabel("head", labelpad=2)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        rest = len(decomposition.sinks) - n
-        if rest > 0:
-            figure.text(0.01, 0.01, f"and {rest} more sinks", fontsize=SMALL)
+        rows.tell_left_out(figure)
     return figure
 
 
@@ -104,20 +87,3 @@ def _draw(
     bar = figure.colorbar(image, cax=place, ticks=[-scale, 0, scale])
     bar.ax.set_yticklabels([f"{value:+.2g}" if value else "0" for value in (-scale, 0, scale)])
     bar.outline.set_linewidth(0.4)
-
-
-def _outline(axes: Axes, decomposition: SinkDecomposition, n: int, kind: str) -> None:
-    for row, sink in enumerate(decomposition.sinks[:n]):
-        if sink.eraser is None or sink.eraser.startswith("mlp") != (kind == "MLP"):
-            continue
-        axes.add_patch(
-            Rectangle(
-                (sink.verdict.candidate_layer - 0.5, row - 0.5),
-                1,
-                1,
-                fill=False,
-                edgecolor=COLORS["primary"],
-                linewidth=1.2,
-                gid="eraser",
-            )
-        )

@@ -16,19 +16,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.explain.neurons import NeuronContributions, SinkNeurons
+from secondary_sinks.report.sink_rows import SinkRows
 from secondary_sinks.report.style import (
     COLORS,
-    SMALL,
     add_panel,
     new_figure,
     styled,
     text_width,
-    visible,
 )
 
 _LEFT, _TOP, _GAP, _RIGHT = 0.55, 0.4, 0.65, 0.15  # inches
-_ROW, _COLUMN = 0.16, 0.3
-_MAX_ROWS, _MAX_NEURONS, _MAX_PARTS = 60, 8, 24
+_COLUMN = 0.3
+_MAX_NEURONS, _MAX_PARTS = 8, 24
 _KINDS = {
     "ablate_top": "without",
     "keep_top": "alone",
@@ -51,22 +50,21 @@ def plot_neurons(found: NeuronContributions, *, panel: float = 1.9) -> Figure:
     """
     if not panel > 0:
         raise InputError(f"panel is {panel} inches; it must be above 0")
-    n = min(len(found.sinks), _MAX_ROWS)
-    labels = [f"{s.position} {visible(s.token, limit=8)}" for s in found.sinks[:n]]
+    rows = SinkRows.of(found.sinks)
     neurons = found.neurons_frame().head(_MAX_NEURONS)
     width_of_map = max(len(neurons) * _COLUMN, 0.6)
-    height, rows = 1.6, max(n * _ROW, 0.4)
-    x_map = _LEFT + 2 * panel + _GAP + 0.3 + max(text_width(label) for label in labels)
+    height, height_of_map = 1.6, max(rows.height, 0.4)
+    x_map = _LEFT + 2 * panel + _GAP + 0.3 + rows.label_width
     with styled():
-        figure = new_figure(x_map + width_of_map + 0.85, _TOP + max(height, rows) + 1.0)
+        figure = new_figure(x_map + width_of_map + 0.85, _TOP + max(height, height_of_map) + 1.0)
         axes = add_panel(figure, _LEFT, _TOP, panel, height)
         _draw_cumulative(axes, found)
         axes = add_panel(figure, _LEFT + panel + _GAP, _TOP, panel, height)
         _draw_tests(axes, found)
-        axes = add_panel(figure, x_map, _TOP, width_of_map, rows)
+        axes = add_panel(figure, x_map, _TOP, width_of_map, height_of_map)
         names = [f"{layer}.{neuron}" for layer, neuron in zip(*_columns(neurons), strict=True)]
         image = axes.imshow(
-            _shares(found, neurons, n),
+            _shares(found, neurons, len(rows)),
             aspect="auto",
             cmap="RdGy_r",
             vmin=-1,
@@ -75,15 +73,13 @@ def plot_neurons(found: NeuronContributions, *, panel: float = 1.9) -> Figure:
         )
         axes.set_label("shared")
         axes.set_title("share of the write")
-        axes.set_yticks(range(n), labels, family="DejaVu Sans Mono", parse_math=False)
+        rows.name(axes)
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_xlabel("layer.neuron")
-        axes.tick_params(length=0)
-        bar = add_panel(figure, x_map + width_of_map + 0.1, _TOP, 0.08, min(rows, height))
+        axes.tick_params(axis="x", length=0)
+        bar = add_panel(figure, x_map + width_of_map + 0.1, _TOP, 0.08, min(height_of_map, height))
         figure.colorbar(image, cax=bar, ticks=[-1, 0, 1])
-        rest = len(found.sinks) - n
-        if rest > 0:
-            figure.text(0.01, 0.01, f"and {rest} more sinks", fontsize=SMALL)
+        rows.tell_left_out(figure)
     return figure
 
 

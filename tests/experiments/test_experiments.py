@@ -88,8 +88,21 @@ def test_the_writers_are_the_planted_ones():
 
 def test_attention_rises_with_the_dose_where_lifetime_was_planted():
     """A planted sink is erased in its layer whatever its length, so lifetime does not follow."""
-    why = outcome("claim_2_dose").verdict.why
+    found = outcome("claim_2_dose")
+    why = found.verdict.why
     assert "exceeds 0.8 in 100 %; of written norm and lifetime" in why
+    assert set(found.tables["claim_2_sinks"]["saturation_dose"]) == {0.25}, "less is no sink"
+    assert "from a median dose of 25 % of the model's own norm on" in why
+
+
+def test_the_claim_of_the_dose_holds_where_sinks_fade():
+    sink = PlantedSink(token=9, writer=4, norm=80, lifetime=4, fades=True)
+    phase = PlantedPhase(start=1, end=15, norm=400)
+    planted = ss.planted_model(n_layers=16, phases=(phase,), secondary=(sink,))
+    model = planted.load()
+    maps = ss.detect_sinks(model, [planted.tokens(64)[0]])
+    found = importlib.import_module("claim_2_dose").run(Bench(model, tuple(maps)))
+    assert found.verdict.answer == "supported", found.verdict.why
 
 
 def test_all_of_them_in_one_command(monkeypatch, tmp_path):

@@ -331,6 +331,7 @@ PHASE = PlantedPhase(start=1, end=10, norm=300.0)
         ({"lifetime": 0}, "no lifetime"),
         ({"lifetime": 7}, "outlives"),
         ({"norm": 5.0}, "8 times"),
+        ({"fades": True, "norm": 40.0}, "in its last layer: the norm must"),
         ({"feeders": (4,)}, "not layers before"),
         ({"feeders": (2, 2)}, "twice"),
         ({"token": 2}, "outside"),

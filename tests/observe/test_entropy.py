@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 
 import secondary_sinks as ss
+from secondary_sinks.observe.attention_columns import AttentionColumns
 
 N = 24
+
+
+def columns(*heads):
+    """What the collector is handed of the patterns of a layer's heads."""
+    return AttentionColumns.of_pattern(torch.stack(heads), ss.AttentionEntropy.attention)
 
 
 class Pattern(ss.Collector):
@@ -34,6 +40,36 @@ def test_entropy_is_that_of_the_pattern(tiny, family, tokens_of):
     assert ((known >= 0) & (known <= 1 + 1e-5)).all()
 
 
+def both_ways(model, tokens):
+    """Streamed and eager entropies, which must agree; returned are the eager ones."""
+    streamed, eager = (
+        ss.trace(model, tokens, [ss.AttentionEntropy()], attention=way)["AttentionEntropy"]
+        for way in ("streaming", "eager")
+    )
+    for name, expected in vars(eager).items():
+        torch.testing.assert_close(
+            getattr(streamed, name), expected, rtol=1e-3, atol=1e-4, equal_nan=True
+        )
+    return eager
+
+
+def test_streamed_entropy_is_the_eager_one(tiny, family, tokens_of):
+    """Beyond a sliding window as well."""
+    both_ways(tiny(family), tokens_of(70))
+
+
+def test_learned_logits_that_take_nearly_all(make_tiny, tokens_of):
+    model, tokens = make_tiny("gpt-oss"), tokens_of(70)
+    plain = both_ways(model, tokens)
+    logits = model.blocks[1].attn.original_component.sinks
+    with torch.no_grad():
+        logits[:] = torch.tensor([0.0, 1.0, 2.0, 30.0])
+    found = both_ways(model, tokens)
+    torch.testing.assert_close(found.by_head[1, :3], plain.by_head[1, :3], rtol=1e-3, atol=1e-3)
+    assert torch.isnan(found.by_head[1, 3])
+    assert not torch.isnan(found.by_query).any()
+
+
 def test_extremes():
     """A head that looks at one key has entropy 0, uniform attention 1, also within a window."""
     one, uniform = torch.zeros(8, 8), torch.ones(8, 8).tril()
@@ -42,17 +78,18 @@ def test_extremes():
     collector = ss.AttentionEntropy()
     run = type("Run", (), {})()
     collector.start(run)
-    collector.update("pattern", 0, torch.stack([one, uniform / uniform.sum(-1, keepdim=True)]))
-    collector.update("pattern", 1, (window / window.sum(-1, keepdim=True))[None].expand(2, -1, -1))
+    uniform, window = (one / one.sum(-1, keepdim=True) for one in (uniform, window))
+    collector.update("attention", 0, columns(one, uniform))
+    collector.update("attention", 1, columns(window, window))
     found = collector.result()
     torch.testing.assert_close(found.normalized_by_head[0], torch.tensor([0.0, 1.0]))
     torch.testing.assert_close(found.normalized_by_head[1], torch.ones(2))
-    assert found.by_query[1, -1].item() == torch.tensor(3.0).log().item()
+    torch.testing.assert_close(found.by_query[1, -1], torch.tensor(3.0).log())
 
 
 def test_rows_that_leave_weight_out_are_normalized():
-    half = torch.full((1, 4, 4), 0.1).tril()
+    half = torch.full((4, 4), 0.1).tril()
     collector = ss.AttentionEntropy()
     collector.start(None)
-    collector.update("pattern", 0, half)
+    collector.update("attention", 0, columns(half))
     torch.testing.assert_close(collector.result().normalized_by_head, torch.ones(1, 1))

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.models.planted import planted_model, random_planted
+from secondary_sinks.models.planted import (
+    PlantedPhase,
+    PlantedSink,
+    planted_model,
+    random_planted,
+)
 
 SEEDS = [0, 2, 4, 5, 6, 8, 10, 11, 13, 15]  # of those with secondary sinks
 
@@ -46,6 +51,28 @@ def test_planted_law(seed):
     assert second_difference.abs().max() < 1e-3 * float((norm**2).max())
     assert (curve.score.diff() > -1e-4).all()
     assert curve.score_correlation.rho > 0.9
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_planted_law_of_a_sink_that_fades(architecture):
+    """Every layer takes off the same length, so the lifetime grows with the dose."""
+    sinks = (
+        PlantedSink(token=9, writer=3, norm=80, lifetime=4, fades=True),
+        PlantedSink(token=12, writer=4, norm=150, lifetime=5, fades=True, feeders=(1, 2)),
+    )
+    phase = PlantedPhase(start=1, end=15, norm=400)
+    model = planted_model(n_layers=16, phases=(phase,), secondary=sinks, architecture=architecture)
+    host, tokens = model.load(), model.tokens(64)
+    found = ss.detect_sinks(host, tokens)
+    for expected in model.truth(tokens).sinks:
+        curve = ss.dose_response(host, found, expected.position, progress=False)
+        assert curve.writer == expected.writer
+        lived = [math.ceil(dose * expected.lifetime) for dose in curve.scales.tolist()]
+        assert curve.lifetime.tolist() == [min(n, phase.end - expected.onset) for n in lived]
+        assert curve.lifetime_correlation.rho > 0.98
+        taken_off = expected.norm / expected.lifetime
+        falls = -curve.norm[-1, expected.onset : expected.onset + 6].diff()
+        torch.testing.assert_close(falls, torch.full((5,), taken_off), rtol=0.02, atol=0.0)
 
 
 def test_the_clean_dose_is_the_clean_sink():
@@ -100,6 +127,25 @@ def test_another_layer_than_the_writer_changes_little():
     assert set(curve.lifetime.tolist()) == {sink.lifetime}
     assert math.isnan(curve.lifetime_correlation.rho)
     assert curve.norm[:, sink.l_start].std() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scales", "lifetime", "expected"),
+    [
+        ([0.0, 0.5, 1.0, 2.0], [0, 4, 4, 4], 0.5),
+        ([2.0, 1.0, 0.5, 0.0], [4, 4, 4, 0], 0.5),  # in any order
+        ([0.0, 0.5, 1.0, 2.0], [4, 4, 4, 4], 0.0),
+        ([0.25, 0.5, 0.75, 1.0], [4, 3, 4, 4], 0.75),  # as often as it differs before
+        ([0.0, 0.5, 1.0, 2.0], [0, 3, 4, 5], math.inf),
+        ([0.0, 0.5, 2.0], [0, 4, 4], math.nan),
+    ],
+)
+def test_saturation_dose(scales, lifetime, expected):
+    host, sinks = default()
+    curve = ss.dose_response(host, sinks, sinks.secondary[0], [1.0])
+    is_sink = torch.arange(len(curve.is_sink[0])) < torch.tensor(lifetime)[:, None]
+    curve = dataclasses.replace(curve, scales=torch.tensor(scales), is_sink=is_sink)
+    assert curve.saturation_dose == pytest.approx(expected, nan_ok=True)
 
 
 def test_table_figure_and_file(tmp_path):

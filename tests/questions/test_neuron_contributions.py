@@ -191,7 +191,7 @@ def test_bad_input():
         ss.neuron_contributions(host, sinks, n_controls=0)
     with pytest.raises(ss.InputError, match="writer 12 is out of range"):
         ss.neuron_contributions(host, sinks, writers=12)
-    with pytest.raises(ss.InputError, match="name no layer for the sink at 34"):
+    with pytest.raises(ss.InputError, match="name no layer for position 34"):
         ss.neuron_contributions(host, sinks, writers={11: 4})
     erased = max(sink.layers[-1] for sink in sinks.secondary) + 1
     with pytest.raises(ss.InputError, match="writes nothing along"):
