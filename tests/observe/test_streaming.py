@@ -36,13 +36,15 @@ def long_texts(monkeypatch):
     monkeypatch.setattr(attention_path, "SHORTEST", 64)
 
 
-def dense(query, key, value, *, scale, window=None, softcap=None, sink_logits=None):
+def dense(query, key, value, *, scale, window=None, softcap=None, sink_logits=None, alibi=None):
     """Attention of one text in float64, with its whole pattern."""
     group = query.shape[0] // key.shape[0]
     key, value = (one.double().repeat_interleave(group, dim=0) for one in (key, value))
     scores = query.double() @ key.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi is not None:
+        scores = scores + alibi[:, None]
     n_tokens = query.shape[1]
     ago = torch.arange(n_tokens)[:, None] - torch.arange(n_tokens)
     hidden = (ago < 0) | (ago >= (window or n_tokens))
@@ -107,6 +109,21 @@ def test_kernel_is_dense_attention(window, softcap, sinks, dtype):
             torch.testing.assert_close(
                 columns[row].log_sum_exp.double(), log_sum, rtol=1e-4, atol=1e-4
             )
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_alibi_is_added_to_the_scores_of_each_key(window):
+    query, key, value = torch.randn(2, 6, 53, 8), *torch.randn(2, 2, 2, 53, 8)
+    slopes = 2.0 ** -torch.arange(1, 7)
+    # The first text begins with its first token, the second one with its eighth.
+    alibi = slopes[:, None] * (torch.arange(53) + torch.tensor([0, 7])[:, None, None])
+    kernel = StreamingAttention([53, 31], EVERYTHING, block=16)
+    output, columns = kernel(query, key, value, scale=0.4, window=window, alibi=alibi)
+    for row, length in enumerate((53, 31)):
+        parts = (part[row, :, :length] for part in (query, key, value))
+        expected, pattern = dense(*parts, scale=0.4, window=window, alibi=alibi[row, :, :length])
+        torch.testing.assert_close(output[row, :length], expected.float(), rtol=1e-5, atol=1e-5)
+        assert_same_columns(columns[row], AttentionColumns.of_pattern(pattern, EVERYTHING))
 
 
 @pytest.mark.parametrize("window", [None, 20])
