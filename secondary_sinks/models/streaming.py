@@ -36,6 +36,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
+from secondary_sinks.models.exchange import exchanged
 from secondary_sinks.models.host import describe
 
 
@@ -87,9 +88,7 @@ def replaced_attention(
         for layer, component in layers:
             replacement = _replacement(layer, component, attend)
             for name, function in replacement.items():
-                # Not by setattr, which a bridge hands on to the Hugging Face module.
-                component.__dict__[name] = function
-                stack.callback(component.__dict__.pop, name, None)
+                stack.enter_context(exchanged(component, name, function))
         yield
 
 
