@@ -129,6 +129,7 @@ def streamed_attention(
             window=inputs.window,
             softcap=inputs.softcap,
             sink_logits=inputs.sink_logits,
+            alibi=inputs.alibi,
         )
         receive(layer, columns)
         return output
