@@ -74,13 +74,28 @@ UNMASKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Attention of its own kind in the bridge, or of an old kind in Hugging Face's model.
+OTHER_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": (
+        "GraniteConfig",
+        LLAMA_LIKE | {"attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    ),
+    "smollm3": ("SmolLM3Config", LLAMA_LIKE | {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+    "cohere2": (
+        "Cohere2Config",
+        LLAMA_LIKE
+        | WINDOW
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+} | {kind: UNMASKABLE[kind] for kind in ("opt", "gptj", "gpt-neo", "bloom")}
+
 
 def build_hf(family: str, seed: int = 0) -> Any:
     """A tiny Hugging Face model of `family` with random weights, larger than the usual
     initialization so that attention is not uniform."""
     import transformers
 
-    name, arguments = (FAMILIES | UNMASKABLE)[family]
+    name, arguments = (FAMILIES | UNMASKABLE | OTHER_ATTENTION)[family]
     token_ids = {"bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, name)(**(token_ids | arguments))
     state = torch.random.get_rng_state()
@@ -146,6 +161,12 @@ def hf_model() -> Callable[..., Any]:
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Each family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[*FAMILIES, *OTHER_ATTENTION])
+def streamed_family(request: pytest.FixtureRequest) -> str:
+    """Each family whose attention can be streamed in turn."""
     return str(request.param)
 
 

@@ -17,9 +17,13 @@ nothing; `observe.attention_path` finds out which, and compares the rest with th
 A bridge has attention of two kinds. Where the model has a projection each for queries, keys and
 values, Hugging Face's own attention module is run (its projections are parts of the bridge, hooks
 and all) with an attention function and a mask builder that are registered under a name of their
-own. Where it has one joint projection (GPT-2, NeoX, Phi-3) the bridge has split it, Hugging Face's
-module does not know the parts, and the step of the bridge after the projections is exchanged.
-`HookedTransformer` has no such place: scores, mask, softmax and hooks are one method.
+own. Modules that are older than this registry (GPT-J, GPT-Neo) have a method `_attn` to exchange.
+Where the model has one joint projection (GPT-2, NeoX, Phi-3, Bloom) the bridge has split it,
+Hugging Face's module does not know the parts, and the step of the bridge after the projections is
+exchanged. `HookedTransformer` has no such place: scores, mask, softmax and hooks are one method.
+
+Hugging Face's module does all that the model does. Where the bridge's own attention does something
+else, `observe.attention_path` finds out; a module that hides keys by a rule of its own is refused.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
+from secondary_sinks.models.exchange import exchanged
 from secondary_sinks.models.host import describe
 
 
@@ -54,6 +59,9 @@ class AttentionInputs:
     """Scores s become `softcap * tanh(s / softcap)`."""
     sink_logits: Float[Tensor, "head"] | None = None
     """A learned logit a head that joins each softmax."""
+    alibi: Float[Tensor, "batch head key"] | None = None
+    """Added to the scores of each key. It grows with the key's position, where ALiBi falls with the
+    distance from the query: what a query adds to all its scores, softmax takes out again."""
     visible: Bool[Tensor, "query key"] | None = None
     """Which keys the host's own mask shows to the queries that `replaced_attention` was asked to
     look up; None where nothing was asked, or where the host builds its mask in another way."""
@@ -67,6 +75,8 @@ class AttentionInputs:
 
 
 Attend = Callable[[int, AttentionInputs], Tensor]
+
+_HOST = "transformer_lens."  # how the names of the host's modules begin
 
 
 @contextmanager
@@ -89,14 +99,12 @@ def replaced_attention(
     """
     layers = list(enumerate(_attention_bridges(model)))
     with ExitStack() as stack:
-        layer_of = dict(_modules_of(layers))
-        _register_with_hugging_face(model, stack, attend, layer_of, _mask_builder(look_up))
+        _register_with_hugging_face(model, stack, attend, dict(_modules_of(layers)), look_up)
         for layer, component in layers:
-            replacement = _replacement(layer, component, attend)
-            for name, function in replacement.items():
-                # Not by setattr, which a bridge hands on to the Hugging Face module.
-                component.__dict__[name] = function
-                stack.callback(component.__dict__.pop, name, None)
+            owner, name, function = _replacement(layer, component, attend)
+            if "forward" in vars(component) or name in vars(owner):
+                raise ModelError("its attention has been exchanged already")
+            stack.enter_context(exchanged(owner, name, function))
         yield
 
 
@@ -114,11 +122,12 @@ def sliding_windows(model: Any) -> set[int]:
 def has_module_hooks(model: Any) -> bool:
     """Whether ordinary PyTorch hooks of attention modules would see something else.
 
-    Those of transformers itself do not count: once somebody has asked a model for its hidden
-    states, each of its modules has one for good, which looks only while it is asked again.
+    Those of the libraries themselves do not count. Once somebody has asked transformers for hidden
+    states, each module has one for good, which looks only while it is asked again; and where a
+    model scales what attention adds (Granite), the bridge's `hook_attn_out` is fired by one.
     """
     return any(
-        not getattr(hook, "__module__", "").startswith("transformers.")
+        not getattr(hook, "__module__", "").startswith(("transformers.", _HOST))
         for component in _attention_bridges(model)
         for module in (component, component.original_component)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -149,7 +158,7 @@ def _register_with_hugging_face(
     stack: ExitStack,
     attend: Attend,
     layer_of: dict[int, int],
-    build_mask: Callable[..., Tensor | None],
+    look_up: Sequence[int],
 ) -> None:
     """Register the attention function and its mask builder, and choose them in all configs."""
     try:
@@ -169,6 +178,10 @@ def _register_with_hugging_face(
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
+        if attention_mask is not None and not look_up:
+            raise ModelError("its attention hides keys by a rule of its own")
+        if key.shape[2] != query.shape[2]:
+            raise ModelError("its attention has keys that are no tokens")
         inputs = AttentionInputs(
             query=query,
             key=key,
@@ -184,7 +197,7 @@ def _register_with_hugging_face(
     name = f"secondary_sinks_{uuid.uuid4().hex}"
     for interface, function in (
         (AttentionInterface, attention),
-        (AttentionMaskInterface, build_mask),
+        (AttentionMaskInterface, _mask_builder(look_up)),
     ):
         interface.register(name, function)
         stack.callback(interface._global_mapping.pop, name, None)
@@ -226,30 +239,61 @@ def _configs(model: Any) -> list[Any]:
     return list(configs.values())
 
 
-def _replacement(layer: int, component: Any, attend: Attend) -> dict[str, Callable[..., Any]]:
-    """The methods of one attention component to exchange."""
+def _replacement(layer: int, component: Any, attend: Attend) -> tuple[Any, str, Callable[..., Any]]:
+    """The one method of one attention component to exchange: its owner, its name and another."""
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    kind, module = type(component), component.original_component
+    if hasattr(kind, "_reconstruct_attention"):
+        if kind._reconstruct_attention in _steps_after_projection():
+            step = functools.partial(_joint, layer, component, attend)
+            return component, "_reconstruct_attention", step
+    elif issubclass(kind, AttentionBridge) and kind.forward.__module__.startswith(_HOST):
+        if hasattr(module, "_attn"):
+            return module, "_attn", functools.partial(_unregistered, layer, module, attend)
+        return component, "forward", functools.partial(AttentionBridge.forward, component)
+    raise ModelError(f"its attention ({kind.__name__}) is of a kind that nothing is known of")
+
+
+def _steps_after_projection() -> list[Callable[..., Any]]:
+    """The host's steps in whose place `_joint` can stand.
+
+    Falcon's with ALiBi is none of them: eager attention of transformers 5.23 adds it twice there.
+    """
     from transformer_lens.model_bridge.generalized_components import (
-        AttentionBridge,
+        BloomAttentionBridge,
         JointQKVAttentionBridge,
         JointQKVPositionEmbeddingsAttentionBridge,
-        PositionEmbeddingsAttentionBridge,
     )
 
-    if "forward" in component.__dict__ or "_reconstruct_attention" in component.__dict__:
-        raise ModelError("its attention has been exchanged already")
-    step = type(component)._reconstruct_attention if _is_joint(component) else None
-    joint = (JointQKVAttentionBridge, JointQKVPositionEmbeddingsAttentionBridge)
-    if any(step is kind._reconstruct_attention for kind in joint):
-        return {"_reconstruct_attention": functools.partial(_joint, layer, component, attend)}
-    if type(component).forward is PositionEmbeddingsAttentionBridge.forward:
-        return {"forward": functools.partial(AttentionBridge.forward, component)}
-    raise ModelError(
-        f"its attention ({type(component).__name__}) is of a kind that nothing is known of"
+    kinds = (
+        JointQKVAttentionBridge,
+        JointQKVPositionEmbeddingsAttentionBridge,
+        BloomAttentionBridge,
     )
+    return [kind._reconstruct_attention for kind in kinds]
 
 
-def _is_joint(component: Any) -> bool:
-    return hasattr(type(component), "_reconstruct_attention")
+def _unregistered(
+    layer: int,
+    module: Any,
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """What a module that knows no attention functions does between positions and merged heads."""
+    is_local = getattr(module, "attention_type", None) == "local"
+    inputs = AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        scale=1 / getattr(module, "scale_attn", 1),
+        window=module.config.window_size if is_local else None,
+        visible=_visible(attention_mask),
+    )
+    return attend(layer, inputs).transpose(1, 2), None
 
 
 def _joint(
@@ -276,6 +320,7 @@ def _joint(
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         scale /= layer + 1
     window = getattr(getattr(module, "config", None), "sliding_window", None)
+    alibi = arguments.get("alibi")  # [batch * head, 1, key]
     inputs = AttentionInputs(
         query=q,
         key=k,
@@ -283,6 +328,7 @@ def _joint(
         scale=scale,
         window=window,
         visible=_visible(arguments.get("attention_mask")),
+        alibi=None if alibi is None else alibi.view(n_batch, n_heads, -1),
     )
     output = attend(layer, inputs)
     return component._apply_output_projection(output.reshape(n_batch, n_tokens, -1)), None

@@ -131,6 +131,7 @@ def streamed_attention(
             window=inputs.window,
             softcap=inputs.softcap,
             sink_logits=inputs.sink_logits,
+            alibi=inputs.alibi,
         )
         columns = [one.measured(inputs.window, inputs.sink_logits) for one in columns]
         if request.inputs:

@@ -84,6 +84,7 @@ class StreamingAttention:
         window: int | None = None,
         softcap: float | None = None,
         sink_logits: Float[Tensor, "head"] | None = None,
+        alibi: Float[Tensor, "batch head token"] | None = None,
     ) -> tuple[Float[Tensor, "batch token head d_value"], list[AttentionColumns]]:
         """Attention of one layer.
 
@@ -95,6 +96,7 @@ class StreamingAttention:
             window: a query sees so many keys, itself included; None: all.
             softcap: scores s become `softcap * tanh(s / softcap)`.
             sink_logits: a logit a head that joins each softmax and whose weight goes nowhere.
+            alibi: what is added to the scores of each key.
 
         Returns:
             The output, and the column statistics of each text.
@@ -112,6 +114,7 @@ class StreamingAttention:
                 window,
                 softcap,
                 None if sink_logits is None else sink_logits.float(),
+                None if alibi is None else alibi[row, :, :length].float(),
             )
             columns.append(self._run(text))
         return output, columns
@@ -179,6 +182,7 @@ class _Text:
     window: int | None
     softcap: float | None
     sink_logits: Float[Tensor, "head"] | None
+    alibi: Float[Tensor, "head token"] | None
 
     def blocks(self, size: int | None) -> list[_Block]:
         """All of them, those with many keys first."""
@@ -231,6 +235,8 @@ class _Worker:
         if text.softcap is not None:
             scores.div_(text.softcap).tanh_().mul_(text.softcap)
         by_head = scores.view(n_heads, n_queries, -1)
+        if text.alibi is not None:
+            by_head.add_(text.alibi[block.heads, None, block.keys])
         _hide(by_head, block, text.window)
         sinks = None if text.sink_logits is None else text.sink_logits[block.heads, None]
         log_sum = _softmax_in_place(by_head, sinks, self._request.log_sum_exp)

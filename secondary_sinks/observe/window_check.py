@@ -58,6 +58,7 @@ def window_problem(
             window=inputs.window,
             softcap=inputs.softcap,
             sink_logits=inputs.sink_logits,
+            alibi=inputs.alibi,
         )
         if inputs.visible is None:
             unmasked.append(layer)
@@ -93,6 +94,8 @@ def _dense(inputs: AttentionInputs, queries: Sequence[int]) -> Float[Tensor, "qu
     scores = query @ key.mT * inputs.scale
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+    if inputs.alibi is not None:
+        scores = scores + inputs.alibi[0, :, None].float()
     if inputs.visible is not None:
         scores = scores.masked_fill(~inputs.visible.to(scores.device), -math.inf)
     if inputs.sink_logits is not None:

@@ -36,13 +36,15 @@ def long_texts(monkeypatch):
     monkeypatch.setattr(attention_path, "SHORTEST", 64)
 
 
-def dense(query, key, value, *, scale, window=None, softcap=None, sink_logits=None):
+def dense(query, key, value, *, scale, window=None, softcap=None, sink_logits=None, alibi=None):
     """Attention of one text in float64, with its whole pattern."""
     group = query.shape[0] // key.shape[0]
     key, value = (one.double().repeat_interleave(group, dim=0) for one in (key, value))
     scores = query.double() @ key.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi is not None:
+        scores = scores + alibi[:, None]
     n_tokens = query.shape[1]
     ago = torch.arange(n_tokens)[:, None] - torch.arange(n_tokens)
     hidden = (ago < 0) | (ago >= (window or n_tokens))
@@ -107,6 +109,21 @@ def test_kernel_is_dense_attention(window, softcap, sinks, dtype):
             torch.testing.assert_close(
                 columns[row].log_sum_exp.double(), log_sum, rtol=1e-4, atol=1e-4
             )
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_alibi_is_added_to_the_scores_of_each_key(window):
+    query, key, value = torch.randn(2, 6, 53, 8), *torch.randn(2, 2, 2, 53, 8)
+    slopes = 2.0 ** -torch.arange(1, 7)
+    # The first text begins with its first token, the second one with its eighth.
+    alibi = slopes[:, None] * (torch.arange(53) + torch.tensor([0, 7])[:, None, None])
+    kernel = StreamingAttention([53, 31], EVERYTHING, block=16)
+    output, columns = kernel(query, key, value, scale=0.4, window=window, alibi=alibi)
+    for row, length in enumerate((53, 31)):
+        parts = (part[row, :, :length] for part in (query, key, value))
+        expected, pattern = dense(*parts, scale=0.4, window=window, alibi=alibi[row, :, :length])
+        torch.testing.assert_close(output[row, :length], expected.float(), rtol=1e-5, atol=1e-5)
+        assert_same_columns(columns[row], AttentionColumns.of_pattern(pattern, EVERYTHING))
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -188,9 +205,9 @@ def assert_same_trace(streamed, eager, rtol=1e-4):
     assert off.abs().mean() < 0.01
 
 
-def test_a_streamed_trace_is_the_eager_one(tiny, family, tokens_of, small_blocks):
+def test_a_streamed_trace_is_the_eager_one(tiny, streamed_family, tokens_of, small_blocks):
     """Batches with padding included: the second and third text are padded to the fourth."""
-    model = tiny(family)
+    model = tiny(streamed_family)
     texts = [tokens_of(n, seed=n) for n in (N, 11, 17, 33)]
     streamed, eager = (
         ss.trace(model, texts, collectors(), batch_size=3, progress=False, attention=way)
@@ -211,8 +228,10 @@ EDITS = [
 ]
 
 
-def test_hooks_fire_and_edit_as_they_do_eagerly(make_tiny, family, tokens_of, small_blocks):
-    model, tokens = make_tiny(family), tokens_of(N)
+def test_hooks_fire_and_edit_as_they_do_eagerly(
+    make_tiny, streamed_family, tokens_of, small_blocks
+):
+    model, tokens = make_tiny(streamed_family), tokens_of(N)
     plain = ss.trace(model, tokens, collectors(), attention="eager")
     for name, edit in EDITS[:3]:
         model.add_hook(name, edit)
@@ -332,6 +351,34 @@ def test_attention_that_nothing_is_known_of_stays_eager(make_tiny, tokens_of, lo
     assert ss.trace(model, tokens_of(LONG), [ss.SinkScores()]).attention == "eager"
 
 
+class OneMoreKey:
+    def update(self, key, value, *_, **__):
+        return (torch.cat([one[:, :, :1], one], dim=2) for one in (key, value))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 1, 1)}, "hides keys by a rule of its own"),
+        ({"past_key_values": OneMoreKey()}, "keys that are no tokens"),
+    ],
+)
+def test_attention_over_other_keys_stays_eager(make_tiny, tokens_of, long_texts, arguments, reason):
+    model = make_tiny("llama")
+    module = model.blocks[1].attn.original_component
+    forward = module.forward
+    module.forward = lambda *args, **given: forward(*args, **(given | arguments))
+    with pytest.raises(ss.ModelError, match=reason):
+        ss.trace(model, tokens_of(LONG), [ss.SinkScores()], attention="streaming")
+    assert ss.trace(model, tokens_of(LONG), [ss.SinkScores()]).attention == "eager"
+
+
+@pytest.mark.parametrize("kind", ["mpt", "falcon-alibi"])
+def test_alibi_of_another_kind_stays_eager(tiny, tokens_of, kind):
+    with pytest.raises(ss.ModelError, match="nothing is known of"):
+        ss.trace(tiny(kind), tokens_of(N), [ss.SinkScores()], attention="streaming")
+
+
 def everything_exchangeable(model):
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -343,12 +390,16 @@ def everything_exchangeable(model):
             for m in model.original_model.modules()
             if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")
         ],
-        [sorted(block.attn.__dict__) for block in model.blocks],
+        [
+            sorted(vars(module))
+            for block in model.blocks
+            for module in (block.attn, block.attn.original_component)
+        ],
     )
 
 
-def test_nothing_is_left_behind(make_tiny, family, tokens_of):
-    model, tokens = make_tiny(family), tokens_of(N)[None]
+def test_nothing_is_left_behind(make_tiny, streamed_family, tokens_of):
+    model, tokens = make_tiny(streamed_family), tokens_of(N)[None]
     with torch.no_grad():
         before, state = model(tokens), everything_exchangeable(model)
     ss.trace(model, tokens, [ss.SinkScores()], attention="streaming")
@@ -380,7 +431,7 @@ class Shapes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss", "phi3", "neox"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss", "phi3", "neox", "bloom"])
 def test_no_pattern_is_ever_in_memory(hf_model, tiny, tokens_of, kind, monkeypatch):
     monkeypatch.setattr(streaming_attention, "_MOST_THREADS", 1)  # a thread sees its own operations
     hf, n_tokens = hf_model(kind), 1024
@@ -454,7 +505,7 @@ def test_whole_texts_are_the_same_streamed(tiny, tokens_of, small_blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "neox"])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "neox", "bloom"])
 def test_half_precision(make_tiny, tokens_of, dtype, kind):
     """Streamed weights are nearer to the truth than the eager ones, which are rounded."""
     model, tokens = make_tiny(kind), tokens_of(N)
