@@ -9,7 +9,8 @@ alone. The other engines are tested against these numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,12 @@ from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks
 from secondary_sinks.intervene.whole_text import output_change
 from secondary_sinks.models.host import Editor, Site, UserHook, forward
+from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
+from secondary_sinks.observe.attention_path import (
+    Receive,
+    path_of_attention,
+    streamed_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -89,28 +96,23 @@ def _one_row(
 
         return read
 
-    def score_reader(layer: int) -> Editor:
-        def read(activation: Tensor) -> None:
-            pattern = activation[1].float()
-            total = pattern.sum(dim=1) - pattern.diagonal(dim1=1, dim2=2)
-            score[layer] = (total.mean(dim=0).cpu()) / n_queries
+    def take_score(layer: int, columns: list[AttentionColumns]) -> None:
+        score[layer] = columns[1].received.mean(dim=0).cpu() / n_queries
 
-        return read
-
-    layers = range(n_layers)
-    logits = forward(
-        model,
-        tokens,
-        [
-            *edit_hooks([row], [place], clean),
-            *meter.editors(),
-            *((Site("k", layer), keep(Site("k", layer))) for layer in layers),
-            *((Site("pattern", layer), score_reader(layer)) for layer in layers),
-        ],
-        fwd_hooks=fwd_hooks,
-        attention_mask=mask,
-        logits=totals,
-    )
+    editors = [
+        *edit_hooks([row], [place], clean),
+        *meter.editors(),
+        *((Site("k", layer), keep(Site("k", layer))) for layer in range(n_layers)),
+    ]
+    with _columns_to(take_score, model, clean, editors, fwd_hooks) as all_editors:
+        logits = forward(
+            model,
+            tokens,
+            all_editors,
+            fwd_hooks=fwd_hooks,
+            attention_mask=mask,
+            logits=totals,
+        )
     direct = _frozen_scores(model, clean, position, seen, fwd_hooks)
     state = meter.states(torch.tensor([position]), direct)
     return state, (score, *_on_output(logits, clean)) if logits is not None else None
@@ -141,28 +143,51 @@ def _frozen_scores(
 
         return edit
 
-    def read(layer: int) -> Editor:
-        def reader(activation: Tensor) -> None:
-            later = activation[1, :, position + 1 :, position].float()
-            found[0, layer] = later.mean(dim=1).cpu()
-
-        return reader
+    def take_score(layer: int, columns: list[AttentionColumns]) -> None:
+        found[0, layer] = columns[1].received[:, position].cpu() / (n_tokens - 1 - position)
 
     layers = range(n_layers)
     tokens = clean.tokens.expand(2, -1)
-    forward(
-        model,
-        tokens,
-        [
-            *((Site("q", layer), as_clean) for layer in layers),
-            *((Site("v", layer), as_clean) for layer in layers),
-            *((Site("k", layer), key_of(layer)) for layer in layers),
-            *((Site("pattern", layer), read(layer)) for layer in layers),
-        ],
-        fwd_hooks=fwd_hooks,
-        attention_mask=torch.ones_like(tokens),
-    )
+    editors: list[tuple[Site, Editor]] = [
+        *((Site("q", layer), as_clean) for layer in layers),
+        *((Site("v", layer), as_clean) for layer in layers),
+        *((Site("k", layer), key_of(layer)) for layer in layers),
+    ]
+    with _columns_to(take_score, model, clean, editors, fwd_hooks) as all_editors:
+        forward(
+            model, tokens, all_editors, fwd_hooks=fwd_hooks, attention_mask=torch.ones_like(tokens)
+        )
     return found
+
+
+@contextmanager
+def _columns_to(
+    receive: Receive,
+    model: Any,
+    clean: CleanRun,
+    editors: Sequence[tuple[Site, Editor]],
+    fwd_hooks: Sequence[UserHook],
+) -> Iterator[list[tuple[Site, Editor]]]:
+    """Within it, a pass over the text and a copy hands the columns of both to `receive`.
+
+    Yields the editors to run: those given, and where attention is not streamed readers of patterns.
+    """
+    n_tokens, n_layers = len(clean.tokens), clean.primary.shape[0]
+    sites = {site for site, _ in editors}
+    way = path_of_attention(model, clean.tokens, "auto", sites=sites, fwd_hooks=fwd_hooks)
+    request = ColumnRequest()
+
+    def reader(layer: int) -> Editor:
+        def read(patterns: Tensor) -> None:
+            receive(layer, [AttentionColumns.of_pattern(one, request) for one in patterns])
+
+        return read
+
+    if way == "streaming":
+        with streamed_attention(model, [n_tokens, n_tokens], request, receive):
+            yield list(editors)
+    else:
+        yield [*editors, *((Site("pattern", layer), reader(layer)) for layer in range(n_layers))]
 
 
 def _on_output(logits: Tensor, clean: CleanRun) -> tuple[float, float, float, float]:

@@ -78,7 +78,7 @@ class _Text:
     later: Float[Tensor, "kv_head group_and_query d_head"]
     """Queries of the tokens that see the token, itself left out."""
     own_key: Float[Tensor, "kv_head d_head"]
-    log_sum: Float[Tensor, "kv_head group_and_query"]
+    log_sum: Float[Tensor, "head query"]
     """Log-sum-exp of the later queries."""
     n_later: int
     """All tokens behind it, also those that do not see it."""
@@ -99,17 +99,15 @@ class _Text:
             before=(inputs.key[0, :, seen].float(), inputs.value[0, :, seen].float()),
             later=inputs.query[0, :, seeing].float().reshape(n_kv_heads, -1, inputs.key.shape[-1]),
             own_key=inputs.key[0, :, position].float(),
-            log_sum=columns.log_sum_exp[:, seeing].reshape(n_kv_heads, -1),
+            log_sum=columns.log_sum_exp[:, seeing],
             n_later=n_tokens - 1 - position,
         )
 
     @property
     def rows_at_once(self) -> int:
         """How many rows fit into the logits that are held."""
-        n_kv_heads, n_later, _ = self.later.shape
-        group = self.inputs.query.shape[1] // n_kv_heads
-        longest = max(n_kv_heads * n_later, n_kv_heads * group * (self.before[0].shape[1] + 1))
-        return max(1, _LOGITS // longest)
+        n_heads, n_later = self.log_sum.shape
+        return max(1, _LOGITS // (n_heads * max(n_later, self.before[0].shape[1] + 1)))
 
     def attend(
         self,
@@ -123,9 +121,9 @@ class _Text:
         keys, values = self.before
         folded = query.reshape(n_kv_heads, group * n_rows, d_head)
         own = (query.view(n_kv_heads, group, n_rows, d_head) * key[:, None]).sum(-1)
-        logits = self._logits(
-            torch.cat([folded @ keys.mT, own.reshape(n_kv_heads, -1, 1)], dim=-1)
-        ).view(n_heads, n_rows, -1)
+        products = torch.cat([folded @ keys.mT, own.reshape(n_kv_heads, -1, 1)], dim=-1)
+        seen = slice(self.position - keys.shape[1], self.position + 1)
+        logits = self._logits(products.view(n_heads, n_rows, -1), seen)
         if self.inputs.sink_logits is not None:
             learned = self.inputs.sink_logits.float()[:, None, None].expand(-1, n_rows, 1)
             logits = torch.cat([logits, learned], dim=-1)
@@ -139,15 +137,23 @@ class _Text:
     def score_of(self, key: Float[Tensor, "kv_head row d_head"]) -> Float[Tensor, "row head"]:
         """Mean attention of the clean later queries to each row's key, in the place of the own."""
         n_heads = self.inputs.query.shape[1]
-        clean = self._logits(self.later @ self.own_key[..., None])
+        own = slice(self.position, self.position + 1)
+        keys = torch.cat([self.own_key[:, None], key], dim=1)
+        logits = self._logits((self.later @ keys.mT).view(n_heads, -1, keys.shape[1]), own)
+        clean, rows = logits[..., :1], logits[..., 1:]
         # Without the token's own key; all of the weight on it leaves nothing.
-        share = (clean - self.log_sum[..., None]).exp().clamp_max(1 - 1e-7)
-        rest = self.log_sum[..., None] + torch.log1p(-share)
-        weights = self._logits(self.later @ key.mT).sub_(rest).sigmoid_()
-        total = weights.view(n_heads, -1, weights.shape[-1]).sum(dim=1)
-        return total.T / self.n_later
+        log_sum = self.log_sum[..., None]
+        share = (clean - log_sum).exp().clamp_max(1 - 1e-7)
+        rest = log_sum + torch.log1p(-share)
+        return (rows - rest).sigmoid_().sum(dim=1).T / self.n_later
 
-    def _logits(self, products: Tensor) -> Tensor:
-        products = products * self.inputs.scale
-        cap = self.inputs.softcap
-        return products if cap is None else cap * torch.tanh(products / cap)
+    def _logits(
+        self, products: Float[Tensor, "head query key"], keys: slice
+    ) -> Float[Tensor, "head query key"]:
+        """Logits of products of queries with keys that stand at `keys`."""
+        logits = products * self.inputs.scale
+        if self.inputs.softcap is not None:
+            logits = self.inputs.softcap * torch.tanh(logits / self.inputs.softcap)
+        if self.inputs.alibi is not None:
+            logits = logits + self.inputs.alibi[0, :, None, keys].float()
+        return logits

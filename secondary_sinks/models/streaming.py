@@ -71,7 +71,8 @@ class AttentionInputs:
         query, key, value = (
             one[row : row + 1, :, :n_tokens] for one in (self.query, self.key, self.value)
         )
-        return replace(self, query=query, key=key, value=value)
+        alibi = None if self.alibi is None else self.alibi[row : row + 1, :, :n_tokens]
+        return replace(self, query=query, key=key, value=value, alibi=alibi)
 
 
 Attend = Callable[[int, AttentionInputs], Tensor]

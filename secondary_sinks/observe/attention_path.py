@@ -118,7 +118,7 @@ def streamed_attention(
     """
     # What a learned sink logit leaves of a query's weights is told by the sum that divides them.
     log_sum_exp = request.log_sum_exp or request.entropy
-    kernel = StreamingAttention(lengths, dataclasses.replace(request, log_sum_exp=log_sum_exp))
+    kernel = StreamingAttention(lengths, replace(request, log_sum_exp=log_sum_exp))
     calls: dict[int, int] = defaultdict(int)
 
     def attend(layer: int, inputs: AttentionInputs) -> Tensor:

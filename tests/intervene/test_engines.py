@@ -234,17 +234,13 @@ def test_a_model_that_ignores_the_mask_falls_back(make_tiny, tokens_of, monkeypa
             ss.counterfactuals(model, tokens, row, method=engine)
 
 
-def test_rows_that_are_no_tokens_of_the_text_are_seen(make_tiny, tokens_of, monkeypatch):
-    """A host that puts rows at other positions than it is told would be wrong beyond its test."""
+def test_every_pass_of_cached_rows_checks_itself(make_tiny, tokens_of, monkeypatch):
+    """A host may go wrong where the test, on other tokens, could not see it."""
     model, tokens = make_tiny("llama"), tokens_of(N)
     row = [I("mlp_out", 1, 5, ss.Zero())]
     assert ss.counterfactuals(model, tokens, row).engine == "cached"
-    real = cached.forward
-
-    def elsewhere(model, tokens, editors, *, position_ids):
-        return real(model, tokens, editors, position_ids=position_ids // 2)
-
-    monkeypatch.setattr(cached, "forward", elsewhere)
+    real = cached.RowAttention.__call__
+    monkeypatch.setattr(cached.RowAttention, "__call__", lambda *args: 100 * real(*args))
     with pytest.raises(ss.ModelError, match="last token, run alone"):
         ss.counterfactuals(model, tokens, row)
 

@@ -504,6 +504,27 @@ def test_whole_texts_are_the_same_streamed(tiny, tokens_of, small_blocks):
         torch.testing.assert_close(one.output.token_loss, other.output.token_loss)
 
 
+def test_the_oracle_and_rows_stream_long_texts(tiny, tokens_of, small_blocks, monkeypatch):
+    """Full passes and cached rows of a text beyond the window, without a pattern, are the eager."""
+    model, tokens = tiny("mistral"), tokens_of(LONG)
+    rows = [ss.Intervention("mlp_out", 1, p, ss.Zero()) for p in (3, 40, 90)]
+    eager = ss.counterfactuals(model, tokens, rows, method="full", progress=False)
+    monkeypatch.setattr(attention_path, "SHORTEST", 64)
+    with Shapes() as shapes:
+        streamed = ss.counterfactuals(model, tokens, rows, method="full", progress=False)
+        cached = ss.counterfactuals(model, tokens, rows, method="cached")
+    heads = model.cfg.n_heads
+    assert (2, heads, LONG, LONG) not in shapes.seen
+    for name in ("norm", "alignment", "direct_score"):
+        for found in (streamed, cached):
+            torch.testing.assert_close(
+                getattr(found, name), getattr(eager, name), rtol=1e-4, atol=1e-5
+            )
+    torch.testing.assert_close(
+        streamed.totals.sink_score, eager.totals.sink_score, rtol=1e-4, atol=1e-5, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2", "neox", "bloom"])
 def test_half_precision(make_tiny, tokens_of, dtype, kind):
