@@ -63,7 +63,7 @@ def run_cached(model: Any, clean: CleanRun, rows: Sequence[Row]) -> RowStates:
     residual = kept.residual_at(positions, begin)[None]
     meter = RowMeter(clean, places, begin=begin)
     attention = RowAttention(clean, kept.attention, positions, begin)
-    errors = [0.0]
+    errors: list[float] = []
 
     def compare(layer: int) -> Editor:
         def read(activation: Tensor) -> None:
@@ -87,9 +87,10 @@ def run_cached(model: Any, clean: CleanRun, rows: Sequence[Row]) -> RowStates:
             ],
             position_ids=positions[None],
         )
-    if not max(errors) <= tolerance(model):
+    error = float(torch.tensor(errors).max())  # NaN, if there is one
+    if not error <= tolerance(model):
         raise ModelError(
-            f"the last token, run alone over the kept text, is off by {max(errors):.1e} without "
+            f"the last token, run alone over the kept text, is off by {error:.1e} without "
             f"any edit: {describe(model).name!r}, or a hook on it, cannot be run that way; use "
             "method='packed' or method='full'"
         )

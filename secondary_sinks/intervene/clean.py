@@ -239,11 +239,8 @@ class _Text(Collector):
     def __init__(self, keep: KeepText):
         self._sites = frozenset(keep.sites)
         self._positions = sorted(set(keep.positions))
-        self.sites = (
-            "resid_pre",
-            ATTENTION,
-            *sorted({s.name for s in self._sites} - {"resid_pre"}),
-        )
+        own = ("resid_pre", "resid_post", ATTENTION)
+        self.sites = (*own, *sorted({site.name for site in self._sites} - set(own)))
 
     def start(self, run: Run) -> None:
         # The last token is run with every pass of rows.
