@@ -33,7 +33,7 @@ demo: $(CORE) ## find the sinks of a bundled conversation; data and figures in o
 	$(BIN)/secondary-sinks demo --out out/demo
 
 test: $(CORE) ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-tl3: $(CORE_TL3) ## run the tests for TransformerLens 3, in an environment of its own
 	$(VENV_TL3)/bin/python -m pytest tests_tl3

@@ -108,7 +108,7 @@ def test_planted_models_in_both_generations(seed):
     ] or [I("mlp_out", layer, 0, ss.Zero()) for layer in range(depth)]
     hooked = ss.counterfactuals(model.load("hooked"), text, sweep)
     bridge = ss.counterfactuals(model.load("bridge"), text, sweep)
-    assert (hooked.engine, bridge.engine) == ("packed", "packed")
+    assert (hooked.engine, bridge.engine) == ("packed", "cached")
     torch.testing.assert_close(hooked.norm, bridge.norm, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(
         hooked.direct_score, bridge.direct_score, rtol=1e-3, atol=1e-4, equal_nan=True
