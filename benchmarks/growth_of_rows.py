@@ -2,9 +2,9 @@
 
 Each cell of the table is a whole call of `counterfactuals` with its own clean run, which is most of
 what few rows cost: seconds, and the largest resident memory during the call above what the process
-had before (Linux). Rows beyond twice the tokens are run in several passes. Cells are visited in
-turn in every repetition. Seconds and memory come from two processes, one after the other: for the
-memory, the C library is told to give freed tensors back at once, and that costs time.
+had before (Linux). Rows are run 256 at a time. Cells are visited in turn in every repetition.
+Seconds and memory come from two processes, one after the other: for the memory, the C library is
+told to give freed tensors back at once, and that costs time.
 
     python benchmarks/growth_of_rows.py [--model qwen2.5-coder-0.5b] [--out folder for the figure]
 """
@@ -80,6 +80,8 @@ def in_a_process(model_name: str, repeats: int, **environment: str) -> list[tupl
 
 def draw(seconds: Found, megabytes: Found, path: Path) -> None:
     """Seconds and memory over the number of rows, a curve for each length."""
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
     from secondary_sinks.report.style import add_panel, new_figure, save_figure, styled
 
     counts = [count for count in COUNTS if count]
@@ -95,6 +97,11 @@ def draw(seconds: Found, megabytes: Found, path: Path) -> None:
                     counts, values, marker="o", markersize=3, color=color, label=f"{length} tokens"
                 )
             axes.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
+            axes.xaxis.set_major_locator(FixedLocator(counts))
+            axes.xaxis.set_minor_locator(NullLocator())
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(ScalarFormatter())
+                axis.set_minor_formatter(ScalarFormatter())
         axes.legend(loc="upper left")
         save_figure(figure, path)
 
