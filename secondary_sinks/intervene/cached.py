@@ -58,8 +58,7 @@ def run_cached(model: Any, clean: CleanRun, rows: Sequence[Row]) -> RowStates:
     # With the last token, unedited, behind them.
     positions = torch.tensor([*(row[0].position for row in rows), n_tokens - 1])
     places: list[Place] = [(0, index) for index in range(len(positions))]
-    begin = min(row[0].layer for row in rows)
-    begin = begin if clean.begin_by is None else min(begin, clean.begin_by)
+    begin = clean.latest_begin(rows)
     residual = kept.residual_at(positions, begin)[None]
     meter = RowMeter(clean, places, begin=begin)
     attention = RowAttention(clean, kept.attention, positions, begin)

@@ -22,6 +22,7 @@ from torch import Tensor
 from secondary_sinks.explain.attention import AttentionBaseline
 from secondary_sinks.explain.evidence import lives
 from secondary_sinks.explain.sinks import SinkMap
+from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.models.host import Site, UserHook
 from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 from secondary_sinks.observe.collectors import Collector, Run, SinkScores, mean_of, ordinary_tokens
@@ -201,6 +202,11 @@ class CleanRun:
             baseline=baseline,
             **of_rows,
         )
+
+    def latest_begin(self, rows: Iterable[Row]) -> int:
+        """The last layer at which a pass over these rows may begin."""
+        first_edit = min(row[0].layer for row in rows)
+        return first_edit if self.begin_by is None else min(first_edit, self.begin_by)
 
     def judge(
         self,

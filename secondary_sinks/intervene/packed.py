@@ -61,8 +61,7 @@ def run_packed(
     tokens = torch.cat([clean.tokens, clean.tokens[positions]])[None]
     stands_at = torch.cat([torch.arange(n_tokens), positions])
     places: list[Place] = [(0, n_tokens + row) for row in range(n_rows)]
-    latest = min(row[0].layer for row in rows)
-    latest = latest if clean.begin_by is None else min(latest, clean.begin_by)
+    latest = clean.latest_begin(rows)
     begin = max((layer for layer in clean.residual_before if layer <= latest), default=0)
     meter = RowMeter(clean, places, begin=begin)
     keys = _KeyMeter(clean, positions, begin)

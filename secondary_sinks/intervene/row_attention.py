@@ -123,7 +123,7 @@ class _Text:
         own = (query.view(n_kv_heads, group, n_rows, d_head) * key[:, None]).sum(-1)
         products = torch.cat([folded @ keys.mT, own.reshape(n_kv_heads, -1, 1)], dim=-1)
         seen = slice(self.position - keys.shape[1], self.position + 1)
-        logits = self._logits(products.view(n_heads, n_rows, -1), seen)
+        logits = self.inputs.logits(products.view(n_heads, n_rows, -1), seen)
         if self.inputs.sink_logits is not None:
             learned = self.inputs.sink_logits.float()[:, None, None].expand(-1, n_rows, 1)
             logits = torch.cat([logits, learned], dim=-1)
@@ -139,21 +139,10 @@ class _Text:
         n_heads = self.inputs.query.shape[1]
         own = slice(self.position, self.position + 1)
         keys = torch.cat([self.own_key[:, None], key], dim=1)
-        logits = self._logits((self.later @ keys.mT).view(n_heads, -1, keys.shape[1]), own)
+        logits = self.inputs.logits((self.later @ keys.mT).view(n_heads, -1, keys.shape[1]), own)
         clean, rows = logits[..., :1], logits[..., 1:]
         # Without the token's own key; all of the weight on it leaves nothing.
         log_sum = self.log_sum[..., None]
         share = (clean - log_sum).exp().clamp_max(1 - 1e-7)
         rest = log_sum + torch.log1p(-share)
         return (rows - rest).sigmoid_().sum(dim=1).T / self.n_later
-
-    def _logits(
-        self, products: Float[Tensor, "head query key"], keys: slice
-    ) -> Float[Tensor, "head query key"]:
-        """Logits of products of queries with keys that stand at `keys`."""
-        logits = products * self.inputs.scale
-        if self.inputs.softcap is not None:
-            logits = self.inputs.softcap * torch.tanh(logits / self.inputs.softcap)
-        if self.inputs.alibi is not None:
-            logits = logits + self.inputs.alibi[0, :, None, keys].float()
-        return logits

@@ -66,6 +66,20 @@ class AttentionInputs:
     """Which keys the host's own mask shows to the queries that `replaced_attention` was asked to
     look up; None where nothing was asked, or where the host builds its mask in another way."""
 
+    def logits(
+        self, products: Float[Tensor, "head query key"], keys: slice
+    ) -> Float[Tensor, "head query key"]:
+        """Logits, in float32 and unmasked, of products of queries with the keys at `keys`.
+
+        For one text; what the softmax is taken of, but for `sink_logits`.
+        """
+        logits = products * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.alibi is not None:
+            logits = logits + self.alibi[0, :, None, keys].float()
+        return logits
+
     def of_text(self, row: int, n_tokens: int) -> AttentionInputs:
         """Those of one text of the batch, without its padding."""
         query, key, value = (

@@ -91,11 +91,7 @@ def _dense(inputs: AttentionInputs, queries: Sequence[int]) -> Float[Tensor, "qu
     key, value = (
         one[0].float().repeat_interleave(group, dim=0) for one in (inputs.key, inputs.value)
     )
-    scores = query @ key.mT * inputs.scale
-    if inputs.softcap is not None:
-        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-    if inputs.alibi is not None:
-        scores = scores + inputs.alibi[0, :, None].float()
+    scores = inputs.logits(query @ key.mT, slice(None))
     if inputs.visible is not None:
         scores = scores.masked_fill(~inputs.visible.to(scores.device), -math.inf)
     if inputs.sink_logits is not None:
