@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.intervene.edits import Edit
-from secondary_sinks.models.host import Site, describe, has_site
+from secondary_sinks.models.host import Site, describe, missing_sites
 
 EditSite = Literal[
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "k", "v", "mlp_post"
@@ -88,8 +88,9 @@ def check_rows(model: Any, rows: Sequence[Row], n_tokens: int) -> None:
                 raise InputError(f"site {one.site!r} has no neurons; leave `neuron` out")
             if d_mlp:
                 _check_index("neuron", one.neuron, int(d_mlp))
-        if not has_site(model, Site(one.site, one.layer)):
-            raise InputError(f"{info.name!r} has no {one.site} in layer {one.layer}")
+    edited = {Site(one.site, one.layer) for row in rows for one in row}
+    for site, layer in missing_sites(model, edited):
+        raise InputError(f"{info.name!r} has no {site} in layer {layer}")
 
 
 def apply_edit(one: Intervention, value: Tensor, clean: Tensor, ordinary: Tensor) -> Tensor:

@@ -213,15 +213,16 @@ def forward(
         return hook
 
     hooks: list[UserHook] = []
+    points = model.hook_dict
     with torch.no_grad(), ExitStack() as stack:
         for index, (site, editor) in enumerate(editors):
             hook = hook_of(index, editor)
             if site.name == FINAL_NORM:
                 stack.enter_context(_final_norm_hook(model, hook))
-            elif (module := _module_of(model, site)) is not None:
+            elif (module := _module_of(model, site, points)) is not None:
                 stack.enter_context(_module_hook(module, _MODULE_SITES[site.name], hook))
             else:
-                hooks.append((hook_name(model, site), hook))
+                hooks.append((_canonical(model, site, points), hook))
         device = _input_device(model)
         placed = {
             name: value.to(device) if isinstance(value, Tensor) else value
@@ -253,7 +254,8 @@ def fired(
     For asking a model what it shows, on a few tokens; to measure, use `observe`, which refuses
     what this leaves out.
     """
-    seen: dict[Site, list[Tensor]] = {site: [] for site in sites if has_site(model, site)}
+    missing = missing_sites(model, sites)
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites if site not in missing}
 
     def keeper(site: Site) -> Callable[..., None]:
         def keep(activation: Tensor, hook: Any = None) -> None:
@@ -261,7 +263,8 @@ def fired(
 
         return keep
 
-    hooks = [(hook_name(model, site), keeper(site)) for site in seen]
+    names = hook_names(model, list(seen))
+    hooks = [(name, keeper(site)) for site, name in zip(seen, names, strict=True)]
     with torch.no_grad():
         model.run_with_hooks(
             tokens.to(_input_device(model)),
@@ -272,16 +275,17 @@ def fired(
     return {site: found[0] for site, found in seen.items() if len(found) == 1}
 
 
-def has_site(model: Any, site: Site) -> bool:
-    """Whether `model` has a hook for `site`."""
-    if site.name == FINAL_NORM:
-        return isinstance(getattr(model, "ln_final", None), torch.nn.Module)
-    template = SITE_HOOKS.get(site.name)
-    if template is None:
-        return False
-    return (
-        template.format(layer=site.layer) in model.hook_dict or _module_of(model, site) is not None
-    )
+def missing_sites(model: Any, sites: Iterable[Site]) -> list[Site]:
+    """Those of the sites that `model` does not have."""
+    # Once for all: a bridge makes the dictionary anew whenever it is asked for, in milliseconds.
+    points = model.hook_dict
+
+    def exists(site: Site) -> bool:
+        if site.name == FINAL_NORM:
+            return isinstance(getattr(model, "ln_final", None), torch.nn.Module)
+        return _hook_of(site) in points or _module_of(model, site, points) is not None
+
+    return [site for site in sites if not exists(site)]
 
 
 def has_hooks(model: Any) -> bool:
@@ -314,22 +318,36 @@ def layer_sites(names: Iterable[str], n_layers: int) -> list[Site]:
     return sites
 
 
-def hook_name(model: Any, site: Site) -> str:
-    """The canonical hook name of a site.
+def hook_names(model: Any, sites: Iterable[Site]) -> list[str]:
+    """The canonical hook name of each site.
 
     The bridge calls a function once for the alias and once more for the canonical name in
     compatibility mode; asking for the canonical name itself gives one call everywhere.
+
+    Raises:
+        InputError: there is no such site.
+        ModelError: this model has none.
     """
-    template = SITE_HOOKS.get(site.name)
-    if template is None:
+    points = model.hook_dict
+    return [_canonical(model, site, points) for site in sites]
+
+
+def _canonical(model: Any, site: Site, points: Mapping[str, Any]) -> str:
+    hook = _hook_of(site)
+    if hook is None:
         raise InputError(f"no site {site.name!r}; there are {', '.join(SITE_HOOKS)}")
-    point = model.hook_dict.get(template.format(layer=site.layer))
+    point = points.get(hook)
     if point is None:
         raise ModelError(
-            f"{_name(model)!r} has no {_spell(site)} (no hook {template.format(layer=site.layer)}):"
+            f"{_name(model)!r} has no {_spell(site)} (no hook {hook}):"
             " its blocks lack it, so what is read there cannot be measured in this model"
         )
     return str(point.name)
+
+
+def _hook_of(site: Site) -> str | None:
+    template = SITE_HOOKS.get(site.name)
+    return None if template is None else template.format(layer=site.layer)
 
 
 def _final_norm_hook(model: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:
@@ -339,10 +357,9 @@ def _final_norm_hook(model: Any, hook: Callable[[Tensor], Tensor | None]) -> Any
     return module.register_forward_hook(lambda _module, _inputs, output: hook(output))
 
 
-def _module_of(model: Any, site: Site) -> torch.nn.Module | None:
+def _module_of(model: Any, site: Site, points: Mapping[str, Any]) -> torch.nn.Module | None:
     """The module whose input or output a site is, in a host that has no hook for it."""
-    hook = SITE_HOOKS.get(site.name, "").format(layer=site.layer)
-    if site.name not in _MODULE_SITES or site.layer is None or hook in model.hook_dict:
+    if site.name not in _MODULE_SITES or site.layer is None or _hook_of(site) in points:
         return None
     blocks = getattr(model, "blocks", ())
     module = getattr(blocks[site.layer], "mlp", None) if site.layer < len(blocks) else None
@@ -410,7 +427,8 @@ __all__ = [
     "describe",
     "fired",
     "has_hooks",
-    "has_site",
+    "hook_names",
     "layer_sites",
+    "missing_sites",
     "observe",
 ]

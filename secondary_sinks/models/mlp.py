@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.models.host import SITE_HOOKS, Site, describe, has_site, observe
+from secondary_sinks.models.host import SITE_HOOKS, Site, describe, missing_sites, observe
 from secondary_sinks.models.identity import hooks_aside
 from secondary_sinks.models.norm_map import NormMap
 from secondary_sinks.models.precision import tolerance
@@ -186,6 +186,7 @@ def _run(
     weight = next(p for p in block.mlp.parameters() if p.is_floating_point())
     given = inputs.to(weight.device, _dtype(model))[None]
     seen: dict[str, Tensor] = {"input": given[0]}
+    points = model.hook_dict
 
     def keep(stage: str) -> Callable[..., None]:
         def hook(_module: Any, _inputs: Any, value: Tensor) -> None:
@@ -195,7 +196,7 @@ def _run(
 
     with torch.no_grad(), hooks_aside(model), ExitStack() as stack:
         for stage, site in _HOOKED[kind].items():
-            point = model.hook_dict[SITE_HOOKS[site].format(layer=layer)]
+            point = points[SITE_HOOKS[site].format(layer=layer)]
             stack.callback(point.register_forward_hook(keep(stage)).remove)
         try:
             output = block.mlp(given)
@@ -269,10 +270,9 @@ def _examine(model: Any, layer: int, *weights: Any) -> dict[str, Any]:
 def _record(model: Any, kind: MlpKind, layer: int) -> dict[str, Tensor]:
     """Everything around and in the MLP of a layer, in a pass over arbitrary tokens."""
     names = ["resid_pre", "attn_out", "mlp_in", "mlp_raw", "mlp_out", *_HOOKED[kind].values()]
-    missing = [name for name in names if not has_site(model, Site(name, layer))]
-    if missing:
+    for site in missing_sites(model, [Site(name, layer) for name in names]):
         raise ModelError(
-            f"{describe(model).name!r} has no site {missing[0]!r} in layer {layer}, so the stages "
+            f"{describe(model).name!r} has no site {site.name!r} in layer {layer}, so the stages "
             "of its MLP cannot be seen"
         )
     n_tokens = min(_N_TOKENS, describe(model).n_ctx or _N_TOKENS)

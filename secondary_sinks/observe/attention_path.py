@@ -32,7 +32,7 @@ from secondary_sinks.models.host import (
     Site,
     UserHook,
     describe,
-    hook_name,
+    hook_names,
     observe,
 )
 from secondary_sinks.models.identity import hooks_aside
@@ -310,17 +310,19 @@ def _unseen(
     """What somebody wants to see or edit and cannot while attention is streamed."""
     if has_module_hooks(model):
         return "an attention module has PyTorch hooks, which would see another output"
-    canonical = {name: str(point.name) for name, point in model.hook_dict.items()}
-    for site in sites:
-        # The final norm is read by a module hook, behind all attention.
-        if site.name != FINAL_NORM and hook_name(model, site) not in comparison.same_hooks:
+    points = model.hook_dict
+    canonical = {name: str(point.name) for name, point in points.items()}
+    # The final norm is read by a module hook, behind all attention.
+    hooked = [site for site in sites if site.name != FINAL_NORM]
+    for site, name in zip(hooked, hook_names(model, hooked), strict=True):
+        if name not in comparison.same_hooks:
             return f"{site.name!r} is asked for, whose hook does not fire there"
     for wanted, _ in fwd_hooks:
         names = [wanted] if isinstance(wanted, str) else filter(wanted, canonical)
         for name in names:
             if canonical.get(name, name) not in comparison.same_hooks:
                 return f"there is a hook for {name!r}, which does not fire there"
-    for name, point in model.hook_dict.items():
+    for name, point in points.items():
         # A hook on the model is one of these whichever way it was put there.
         if point._forward_hooks and canonical[name] not in comparison.same_hooks:
             return f"the model has a hook at {name!r}, which does not fire there"

@@ -351,5 +351,6 @@ def _cosines(
     directions: Float[Tensor, "candidate d_model"],
 ) -> Float[Tensor, "candidate token"]:
     unit = torch.nn.functional.normalize(directions, dim=-1)
-    cosines: Tensor = unit @ vectors.T / norms.clamp_min(torch.finfo(torch.float32).tiny)
+    # In this order the tall factor is read as it lies, in half the time.
+    cosines: Tensor = (vectors @ unit.T).T / norms.clamp_min(torch.finfo(torch.float32).tiny)
     return cosines.clamp(-1, 1)

@@ -15,9 +15,10 @@ their product: rounding the scores to bfloat16 costs a hundredth of a weight. Wh
 lives in buffers that all blocks and layers share: with fresh tensors for each block, allocation
 takes several times as long as the arithmetic.
 
-On a CPU the blocks are dealt to as many threads as torch has, in each of which an operation is not
-divided further. Dividing every small operation among the threads instead, as torch does by itself,
-took 1.6 times as long as PyTorch's own attention on two cores, where this takes 1.2 times.
+On a CPU torch divides every operation among its threads. For a long text that means that a block
+travels between the cores' caches, so its blocks are dealt to the threads instead, and within a
+thread nothing is divided further. On two cores, as measured within models, dividing is the faster
+way up to a thousand tokens, and dealing from two thousand on.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +38,18 @@ from torch import Tensor
 
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 
-_ROWS = 384
-"""Folded queries of a block on a CPU: enough for fast products, few enough to stay in cache."""
+_DEALT_FROM = 1025
+"""Tokens of a text whose blocks are dealt to threads."""
 
-_LONGEST_BLOCK = 128
-"""Queries of a block on a CPU at most: half a block of keys is computed to be masked."""
+_ROWS = 384
+"""Folded queries of a block in one thread: enough for fast products, few enough for its cache."""
+
+_DIVIDED_ROWS = 768
+"""Folded queries of a block whose operations are divided among threads."""
+
+_LEAST_GROUP = 3
+"""Where fewer query heads than these share a key-value head, a block has no more queries for it:
+the more queries, the more keys behind them are computed to be masked."""
 
 _MOST_THREADS = 16
 """Each has buffers of its own, which grow with the text."""
@@ -57,7 +66,8 @@ class StreamingAttention:
             Padding is neither query nor key; its output is 0.
         request: which column statistics to compute.
         block: queries in a block; by default what the device likes.
-        threads: how many threads share the blocks on a CPU; by default as many as torch has.
+        threads: how many threads share the blocks of a long text on a CPU; by default as many as
+            torch has.
     """
 
     def __init__(
@@ -120,11 +130,18 @@ class StreamingAttention:
         return output, columns
 
     def _run(self, text: _Text) -> AttentionColumns:
-        blocks = text.blocks(self._block)
+        device, n_tokens = text.query.device, text.query.shape[1]
+        alone = len(self._workers) == 1
+        if device.type != "cpu" or alone or n_tokens < _DEALT_FROM:
+            size = self._block or _block_size(text, _ROWS if alone else _DIVIDED_ROWS)
+            return self._workers[0].run(text, text.blocks(size))
+        with _undivided_operations():
+            return self._deal(text, text.blocks(self._block or _block_size(text, _ROWS)))
+
+    def _deal(self, text: _Text, blocks: Sequence[_Block]) -> AttentionColumns:
+        """Run blocks in this thread and in others."""
         n_workers = len(self._workers)
-        if text.query.device.type != "cpu" or n_workers == 1:
-            return self._workers[0].run(text, blocks)
-        self._pool = self._pool or _undivided_threads(n_workers)
+        self._pool = self._pool or _threads(n_workers - 1)
         # Back and forth, so that nobody gets all the larger ones. Dealt beforehand, and not taken
         # by whoever is free: sums must not depend on who was faster.
         turns = [*range(n_workers), *reversed(range(n_workers))]
@@ -137,24 +154,38 @@ class StreamingAttention:
             with torch.inference_mode(inference), torch.no_grad():
                 return worker.run(text, own)
 
-        columns, *others = self._pool.map(run, self._workers, dealt)
+        others = self._pool.map(run, self._workers[1:], dealt[1:])  # begins at once
+        columns = run(self._workers[0], dealt[0])
         for other in others:
             columns.add(other)
         return columns
 
 
-def _undivided_threads(n_threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch does not divide an operation among further ones."""
+@contextmanager
+def _undivided_operations() -> Iterator[None]:
+    """Within the block torch does not divide an operation among threads.
+
+    Torch's own operations obey their thread's setting and MKL's products obey the last one made in
+    the process, so threads that were told once would still have their products divided.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _threads(n_threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch does not divide an operation, all of them started."""
     pool = ThreadPoolExecutor(n_threads, "streaming_attention")
     all_started = threading.Barrier(n_threads)
-    before = torch.get_num_threads()
 
     def start(_: int) -> None:
         torch.set_num_threads(1)
         all_started.wait()
 
     list(pool.map(start, range(n_threads)))
-    torch.set_num_threads(before)  # torch keeps it a thread, but for threads to come as well
     return pool
 
 
@@ -184,14 +215,16 @@ class _Text:
     sink_logits: Float[Tensor, "head"] | None
     alibi: Float[Tensor, "head token"] | None
 
-    def blocks(self, size: int | None) -> list[_Block]:
-        """All of them, those with many keys first."""
-        n_heads, n_tokens, _ = self.query.shape
-        n_kv_heads, device = len(self.key), self.query.device
-        group = n_heads // n_kv_heads
+    @property
+    def group(self) -> int:
+        """Query heads of a key-value head."""
+        return len(self.query) // len(self.key)
+
+    def blocks(self, size: int) -> list[_Block]:
+        """All of them, of so many queries, those with many keys first."""
+        n_tokens, n_kv_heads, group = self.query.shape[1], len(self.key), self.group
         # A CPU works on one kv head at a time, in its cache; an accelerator wants all at once.
-        at_once = 1 if device.type == "cpu" else n_kv_heads
-        size = size or _block_size(device, n_heads, group, n_tokens)
+        at_once = 1 if self.query.device.type == "cpu" else n_kv_heads
         found = []
         for start in range(0, n_tokens, size):
             end = min(start + size, n_tokens)
@@ -329,7 +362,9 @@ def _softmax_in_place(
     return log_sum
 
 
-def _block_size(device: torch.device, n_heads: int, group: int, n_tokens: int) -> int:
-    if device.type == "cpu":
-        return max(16, min(_LONGEST_BLOCK, _ROWS // group // 16 * 16))
+def _block_size(text: _Text, rows: int) -> int:
+    """Queries of a block that has so many rows when its query heads are folded."""
+    if text.query.device.type == "cpu":
+        return max(16, rows // max(text.group, _LEAST_GROUP) // 16 * 16)
+    n_heads, n_tokens, _ = text.query.shape
     return max(16, min(n_tokens, _ACCELERATOR_SCORES // (n_heads * n_tokens)))

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.models.host import HostInfo, UserHook, describe, has_site, layer_sites
+from secondary_sinks.models.host import HostInfo, UserHook, describe, layer_sites, missing_sites
 from secondary_sinks.models.identity import check_residual_identity
 from secondary_sinks.models.text import Message, Text, is_many, tokenize
 from secondary_sinks.observe.attention_columns import ATTENTION
@@ -235,12 +235,11 @@ def _check_collectors(model: Any, collectors: Sequence[Collector], info: HostInf
         raise InputError(f"two collectors are named {sorted(twice)[0]!r}; give one another `name`")
     for collector in collectors:
         needed = hooked_sites(collector) + ["pattern"] * (ATTENTION in collector.sites)
-        for site in layer_sites(needed, info.n_layers):
-            if not has_site(model, site):
-                raise ModelError(
-                    f"{name_of(collector)} reads {site.name!r}, which {info.name!r} does not have "
-                    f"in layer {site.layer}: leave this collector out for this model"
-                )
+        for site in missing_sites(model, layer_sites(needed, info.n_layers)):
+            raise ModelError(
+                f"{name_of(collector)} reads {site.name!r}, which {info.name!r} does not have "
+                f"in layer {site.layer}: leave this collector out for this model"
+            )
 
 
 def _tensors(results: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

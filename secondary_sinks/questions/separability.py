@@ -23,7 +23,7 @@ from secondary_sinks.explain.separability import (
     embed,
 )
 from secondary_sinks.explain.sinks import SinkMap
-from secondary_sinks.models.host import Site, UserHook, has_site
+from secondary_sinks.models.host import Site, UserHook, missing_sites
 from secondary_sinks.models.text import Text
 from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.observe.vectors import ChosenVectors
@@ -91,7 +91,8 @@ def separability(
     maps = sink_maps_of(model, maps_or_texts, chat=chat, fwd_hooks=fwd_hooks)
     onset = _onset(maps, onset)
     chosen = [list(tokens) for tokens in _choose(maps, onset, n_controls, seed)]
-    sites = [site for site in SITES if has_site(model, Site(site, 0))]
+    missing = [site.name for site in missing_sites(model, [Site(site, 0) for site in SITES])]
+    sites = [site for site in SITES if site not in missing]
     parts: dict[str, list[Tensor]] = {site: [] for site in sites}
     for one, tokens in zip(maps, chosen, strict=True):
         if tokens:

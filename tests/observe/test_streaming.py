@@ -27,7 +27,13 @@ SEEN = ("resid_post", "attn_out", "mlp_out", "q", "k", "v", "z")
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks of queries, the last one shorter, on short texts."""
-    monkeypatch.setattr(streaming_attention, "_LONGEST_BLOCK", 16)
+    monkeypatch.setattr(streaming_attention, "_LEAST_GROUP", 48)  # blocks of 16
+
+
+@pytest.fixture
+def dealt(monkeypatch):
+    """Blocks of short texts are dealt to threads as those of long ones are."""
+    monkeypatch.setattr(streaming_attention, "_DEALT_FROM", 0)
 
 
 @pytest.fixture
@@ -128,7 +134,7 @@ def test_alibi_is_added_to_the_scores_of_each_key(window):
 
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("inference", [False, True])
-def test_the_number_of_threads_changes_nothing(window, inference):
+def test_the_number_of_threads_changes_nothing(window, inference, dealt):
     before = torch.get_num_threads()
     request = EVERYTHING | ColumnRequest(log_sum_exp=True)
     with torch.inference_mode(inference):
@@ -149,10 +155,37 @@ def test_the_number_of_threads_changes_nothing(window, inference):
     assert found == [torch.get_num_threads()] == [before]
 
 
-def test_a_failure_in_a_thread_is_not_lost():
+def test_nothing_is_divided_within_a_thread_and_everything_again_behind_it(dealt, monkeypatch):
+    def threads_of_torch() -> set[str]:
+        lines = torch.__config__.parallel_info().splitlines()
+        return {line for line in lines if "get_num_threads" in line or "get_max_threads" in line}
+
+    seen, run = {}, streaming_attention._Worker.run
+
+    def watched(worker, text, blocks):
+        seen[threading.current_thread().name] = threads_of_torch()
+        return run(worker, text, blocks)
+
+    monkeypatch.setattr(streaming_attention._Worker, "run", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        outside = threads_of_torch()
+        StreamingAttention([50], block=16, threads=3)(*torch.randn(3, 1, 4, 50, 8), scale=1.0)
+        assert len(seen) == 3
+        assert all(line.endswith(" 1") for lines in seen.values() for line in lines)
+        assert threads_of_torch() == outside
+        assert any(line.endswith(" 2") for line in outside)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_failure_in_a_thread_is_not_lost(dealt):
+    before = torch.get_num_threads()
     query, key, value = torch.randn(1, 4, 50, 8), torch.randn(1, 2, 50, 6), torch.randn(1, 2, 50, 8)
     with pytest.raises(RuntimeError, match="size"):
         StreamingAttention([50], threads=2)(query, key, value, scale=1.0)
+    assert torch.get_num_threads() == before
 
 
 def test_columns_of_a_pattern_by_hand():
