@@ -22,7 +22,8 @@ HEAD = """# Performance
 Every table on this page is the output of a script in `benchmarks/`, and `make benchmarks` writes
 the page anew. Sides that are compared run in turn within one process, or in processes of their own,
 so that the drift of a machine cancels; the numbers are those of the machine that each table names.
-A ratio carries over to other machines better than a time.
+A ratio carries over to other machines better than a time. No GPU was at hand: nothing here was
+measured on one.
 """
 
 

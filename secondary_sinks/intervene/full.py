@@ -183,8 +183,8 @@ def _columns_to(
 
         return read
 
-    if way == "streaming":
-        with streamed_attention(model, [n_tokens, n_tokens], request, receive):
+    if way != "eager":
+        with streamed_attention(model, [n_tokens, n_tokens], request, receive, way):
             yield list(editors)
     else:
         yield [*editors, *((Site("pattern", layer), reader(layer)) for layer in range(n_layers))]

@@ -295,10 +295,10 @@ def _one_pass(
     tokens = clean.tokens.expand(1 + len(texts), -1)
     meter = TextMeter(clean)
     lengths = [len(clean.tokens)] * len(tokens)
-    streamed = way == "streaming"
+    streamed = way != "eager"
     readers = meter.residual_editors() if streamed else meter.editors()
     with (
-        streamed_attention(model, lengths, ColumnRequest(), meter.receive)
+        streamed_attention(model, lengths, ColumnRequest(), meter.receive, way)
         if streamed
         else nullcontext()
     ):

@@ -1,6 +1,6 @@
-"""Which way attention goes in a pass: streamed, or eager as the host does it.
+"""Which way attention goes in a pass: streamed (or fused, on a GPU), or eager as the host does it.
 
-Both give the same numbers. Streaming never holds a pattern and is faster on all but short texts;
+All give the same numbers. Streaming never holds a pattern and is faster on all but short texts;
 but the host's hooks between the projections and the heads' outputs do not fire there, silently, and
 a host may do more in its attention than it tells. So nothing is assumed of a model. The first time
 that one is about to stream, a short text is run both ways, once with every hook read, and compared:
@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -45,11 +45,12 @@ from secondary_sinks.models.streaming import (
     sliding_windows,
 )
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
+from secondary_sinks.observe.fused_attention import FusedAttention
 from secondary_sinks.observe.streaming_attention import StreamingAttention
 from secondary_sinks.observe.window_check import window_problem
 
-AttentionChoice = Literal["auto", "streaming", "eager"]
-AttentionPath = Literal["streaming", "eager"]
+AttentionChoice = Literal["auto", "streaming", "fused", "eager"]
+AttentionPath = Literal["streaming", "fused", "eager"]
 Receive = Callable[[int, list[AttentionColumns]], None]
 
 SHORTEST = 256
@@ -83,27 +84,42 @@ def path_of_attention(
         InputError: no such choice.
         ModelError: streaming was wanted, and cannot be had; the message says why.
     """
-    if choice not in ("auto", "streaming", "eager"):
-        raise InputError(f"no attention {choice!r}; use 'auto', 'streaming' or 'eager'")
+    if choice not in (known := get_args(AttentionChoice)):
+        raise InputError(f"no attention {choice!r}; use one of {', '.join(known)}")
     if choice == "eager" or (choice == "auto" and len(tokens) < SHORTEST):
         return "eager"
     try:
         comparison = _comparison(model, tokens)
         problem = comparison.problem or _unseen(model, comparison, sites, fwd_hooks)
+        if choice == "fused":
+            problem = problem or _no_accelerator(model)
     except ModelError as error:
         problem = str(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         problem = "there is no memory left to compare it with the eager pass first"
-    if problem and choice == "streaming":
-        raise ModelError(f"attention cannot be streamed here: {problem}")
-    return "eager" if problem else "streaming"
+    if problem and choice != "auto":
+        done = {"streaming": "streamed"}.get(choice, choice)
+        raise ModelError(f"attention cannot be {done} here: {problem}")
+    if problem:
+        return "eager"
+    return "fused" if choice == "fused" else "streaming"
+
+
+def _no_accelerator(model: Any) -> str | None:
+    if next(model.parameters()).device.type != "cpu":
+        return None
+    return "the model is on a CPU, and kernels are fused on a GPU; use attention='streaming'"
 
 
 @contextmanager
 def streamed_attention(
-    model: Any, lengths: Sequence[int], request: ColumnRequest, receive: Receive
+    model: Any,
+    lengths: Sequence[int],
+    request: ColumnRequest,
+    receive: Receive,
+    way: AttentionPath = "streaming",
 ) -> Iterator[None]:
     """Within it the model's attention is streamed, and hands its column statistics to `receive`.
 
@@ -112,27 +128,24 @@ def streamed_attention(
         lengths: number of tokens of every text of the batch, without the padding on its right.
         request: which column statistics to compute.
         receive: called once a layer, with one `AttentionColumns` for each text.
+        way: "streaming", or "fused".
 
     Raises:
         ModelError: at the end, if a layer did not run its attention exactly once.
     """
     # What a learned sink logit leaves of a query's weights is told by the sum that divides them.
     log_sum_exp = request.log_sum_exp or request.entropy
-    kernel = StreamingAttention(lengths, replace(request, log_sum_exp=log_sum_exp))
+    request = replace(request, log_sum_exp=log_sum_exp)
+    kernel = (
+        FusedAttention(lengths, request, tolerance=tolerance(model))
+        if way == "fused"
+        else StreamingAttention(lengths, request)
+    )
     calls: dict[int, int] = defaultdict(int)
 
     def attend(layer: int, inputs: AttentionInputs) -> Tensor:
         calls[layer] += 1
-        output, columns = kernel(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            scale=inputs.scale,
-            window=inputs.window,
-            softcap=inputs.softcap,
-            sink_logits=inputs.sink_logits,
-            alibi=inputs.alibi,
-        )
+        output, columns = kernel(inputs)
         columns = [one.measured(inputs.window, inputs.sink_logits) for one in columns]
         if request.inputs:
             texts = enumerate(zip(columns, lengths, strict=True))

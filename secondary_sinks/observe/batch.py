@@ -119,9 +119,9 @@ def run_batch(
     lengths = [len(text) for text in texts]
     if way == "eager" and lookers:
         _read_patterns(observers, info.n_layers, lengths, request, receive)
-    streamed = way == "streaming"
+    streamed = streamed_attention(model, lengths, request, receive, way)
     try:
-        with streamed_attention(model, lengths, request, receive) if streamed else nullcontext():
+        with nullcontext() if way == "eager" else streamed:
             observe(model, tokens, mask, observers, fwd_hooks=fwd_hooks)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secondary_sinks.models.streaming import AttentionInputs
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 
 _DEALT_FROM = 1025
@@ -85,46 +86,24 @@ class StreamingAttention:
         self._pool: ThreadPoolExecutor | None = None
 
     def __call__(
-        self,
-        query: Float[Tensor, "batch head token d_head"],
-        key: Float[Tensor, "batch kv_head token d_head"],
-        value: Float[Tensor, "batch kv_head token d_value"],
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sink_logits: Float[Tensor, "head"] | None = None,
-        alibi: Float[Tensor, "batch head token"] | None = None,
+        self, inputs: AttentionInputs
     ) -> tuple[Float[Tensor, "batch token head d_value"], list[AttentionColumns]]:
-        """Attention of one layer.
-
-        Args:
-            query: queries, positions applied.
-            key: keys, positions applied; each serves `head / kv_head` query heads in order.
-            value: values.
-            scale: what the products of queries and keys are multiplied with.
-            window: a query sees so many keys, itself included; None: all.
-            softcap: scores s become `softcap * tanh(s / softcap)`.
-            sink_logits: a logit a head that joins each softmax and whose weight goes nowhere.
-            alibi: what is added to the scores of each key.
-
-        Returns:
-            The output, and the column statistics of each text.
-        """
-        n_batch, n_heads, n_tokens, _ = query.shape
-        output = query.new_zeros(n_batch, n_tokens, n_heads, value.shape[-1])
+        """The output of one layer's attention, and the column statistics of each text."""
+        n_batch, n_heads, n_tokens, _ = inputs.query.shape
+        output = inputs.query.new_zeros(n_batch, n_tokens, n_heads, inputs.value.shape[-1])
         columns = []
         for row, length in enumerate(self._lengths):
+            own = inputs.of_text(row, length)
             text = _Text(
-                query[row, :, :length],
-                key[row, :, :length].float().contiguous(),
-                value[row, :, :length].float().contiguous(),
+                own.query[0],
+                own.key[0].float().contiguous(),
+                own.value[0].float().contiguous(),
                 output[row],
-                scale,
-                window,
-                softcap,
-                None if sink_logits is None else sink_logits.float(),
-                None if alibi is None else alibi[row, :, :length].float(),
+                own.scale,
+                own.window,
+                own.softcap,
+                None if own.sink_logits is None else own.sink_logits.float(),
+                None if own.alibi is None else own.alibi[0].float(),
             )
             columns.append(self._run(text))
         return output, columns

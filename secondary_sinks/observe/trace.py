@@ -172,10 +172,11 @@ def trace(
             different lengths do not share one. It changes speed and memory, not the results.
         fwd_hooks: further `(hook name, function)` pairs for these passes, for example to intervene.
         attention: "streaming" computes it a block of queries at a time and holds no pattern, so
-            that memory grows with the text and not with its square; "eager" is the host's own way.
-            They agree up to rounding. "auto" streams texts of some length, unless the model, a hook
-            or a collector needs what only the eager pass shows (patterns, scores, rotated queries
-            and keys). `Trace.attention` says which way was taken; see `observe.attention_path`.
+            that memory grows with the text and not with its square; "fused" does the same by
+            compiled kernels, on a GPU; "eager" is the host's own way. They agree up to rounding.
+            "auto" streams texts of some length, unless the model, a hook or a collector needs what
+            only the eager pass shows (patterns, scores, rotated queries and keys).
+            `Trace.attention` says which way was taken; see `observe.attention_path`.
         progress: show a progress bar; None shows one for more than one batch.
 
     Returns:

@@ -50,16 +50,7 @@ def window_problem(
     errors = [0.0]
 
     def attend(layer: int, inputs: AttentionInputs) -> Tensor:
-        output, _ = kernel(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            scale=inputs.scale,
-            window=inputs.window,
-            softcap=inputs.softcap,
-            sink_logits=inputs.sink_logits,
-            alibi=inputs.alibi,
-        )
+        output, _ = kernel(inputs)
         if inputs.visible is None:
             unmasked.append(layer)
         else:

@@ -1,0 +1,203 @@
+"""Attention and its column sums by two fused calls a layer, for a GPU: `flex_attention`, twice.
+
+With L[i] the log-sum-exp of query i, the weight that it gives to token t is exp(s[i, t] - L[i]), so
+
+    log (sum over i of the weights that t receives) = log-sum-exp over i of (s[i, t] - L[i])
+
+which is again the log-sum-exp of an attention: the one in which each key looks at the queries
+behind it, with L taken off its scores. A fused kernel keeps exactly this number. So the first call
+gives the output and L, and the second one, with queries and keys exchanged, what every token
+receives; no weight is ever in the GPU's main memory.
+
+Maxima, counts above a threshold and entropies are no such sums, and are not to be had here.
+`observe.streaming_attention` computes the same with plain products, and the first layer of a pass
+is compared with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+
+from secondary_sinks.errors import InputError, ModelError
+from secondary_sinks.models.streaming import AttentionInputs
+from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
+from secondary_sinks.observe.streaming_attention import StreamingAttention
+
+_D_UNUSED = 16  # width of the values whose weighted mean the second call gives to nobody
+
+
+class FusedAttention:
+    """Computes attention layer after layer, as `StreamingAttention` does.
+
+    Args:
+        lengths: number of tokens of every text of the batch, without the padding on its right.
+        request: which column statistics to compute.
+        tolerance: largest relative difference to `StreamingAttention` that rounding explains.
+
+    Raises:
+        InputError: maxima, thresholds or entropies are wanted.
+        ModelError: when called: in the first layer it differs from `StreamingAttention`.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        request: ColumnRequest | None = None,
+        *,
+        tolerance: float = 1e-4,
+    ):
+        self._lengths = list(lengths)
+        self._request = request or ColumnRequest()
+        self._tolerance = tolerance
+        self._is_checked = False
+        if self._request.maximum or self._request.thresholds or self._request.entropy:
+            raise InputError(
+                "fused attention gives sums and nothing else: no maxima, no counts above a "
+                "threshold, no entropies; use attention='streaming'"
+            )
+
+    def __call__(
+        self, inputs: AttentionInputs
+    ) -> tuple[Float[Tensor, "batch token head d_value"], list[AttentionColumns]]:
+        """The output of one layer's attention, and the column statistics of each text."""
+        n_batch, n_heads, n_tokens, _ = inputs.query.shape
+        output = inputs.query.new_zeros(n_batch, n_tokens, n_heads, inputs.value.shape[-1])
+        columns = []
+        for row, length in enumerate(self._lengths):
+            text = inputs.of_text(row, length)
+            found, log_sum = self._forward(text)
+            output[row, :length] = found.transpose(0, 1)
+            columns.append(self._received(text, log_sum))
+        if not self._is_checked:
+            self._check(inputs, output, columns)
+            self._is_checked = True
+        return output, columns
+
+    def _check(
+        self, inputs: AttentionInputs, output: Tensor, columns: Sequence[AttentionColumns]
+    ) -> None:
+        """Compare with plain products, which know nothing of compilers and of block masks."""
+        expected, by_text = StreamingAttention(self._lengths)(inputs)
+        pairs = [(output, expected)]
+        for one, other in zip(columns, by_text, strict=True):
+            pairs += [(one.received, other.received), (one.own, other.own)]
+        worst = max(
+            float((one - other).float().abs().max() / other.float().abs().max())
+            for one, other in pairs
+        )
+        if not worst <= self._tolerance:
+            raise ModelError(
+                f"fused attention differs from streamed attention by {worst:.1e}, more than the "
+                f"{self._tolerance:.1e} that rounding explains; use attention='streaming'"
+            )
+
+    def _forward(
+        self, text: AttentionInputs
+    ) -> tuple[Float[Tensor, "head token d_value"], Float[Tensor, "head token"]]:
+        """The output, and the logarithm of what each query's weights are divided by."""
+        n_tokens, window = text.query.shape[2], text.window
+        output, lse = _attention(
+            text.query,
+            text.key,
+            text.value,
+            score_mod=_score_mod(text),
+            block_mask=_seen_keys(n_tokens, window, text.query.device),
+            scale=text.scale,
+            enable_gqa=True,
+        )
+        found, log_sum = output[0], lse[0]
+        if text.sink_logits is not None:
+            learned = text.sink_logits.float()[:, None]
+            found = found * torch.sigmoid(log_sum - learned)[..., None].to(found.dtype)
+            log_sum = torch.logaddexp(log_sum, learned)
+        return found, log_sum
+
+    def _received(
+        self, text: AttentionInputs, log_sum: Float[Tensor, "head query"]
+    ) -> AttentionColumns:
+        """What each token receives, from the attention of keys to the queries behind them."""
+        n_heads, n_tokens = log_sum.shape
+        keys = text.key.repeat_interleave(n_heads // text.key.shape[1], dim=1)
+        logit = _score_mod(text)
+
+        def log_weight(score: Tensor, one: Tensor, head: Tensor, key: Tensor, q: Tensor) -> Tensor:
+            return logit(score, one, head, q, key) - log_sum[head, q]
+
+        _, lse = _attention(
+            keys,
+            text.query,
+            text.query[..., :_D_UNUSED],
+            score_mod=log_weight,
+            block_mask=_later_queries(n_tokens, text.window, log_sum.device),
+            scale=text.scale,
+        )
+        products = text.scale * (text.query[0].float() * keys[0].float()).sum(dim=-1)
+        head, token = (torch.arange(n, device=log_sum.device) for n in (n_heads, n_tokens))
+        own = log_weight(products, head, head[:, None], token, token).exp()
+        return AttentionColumns(
+            received=lse[0].exp(),
+            own=own,
+            log_sum_exp=log_sum if self._request.log_sum_exp else None,
+        )
+
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _score_mod(text: AttentionInputs) -> ScoreMod:
+    """What becomes of a scaled product, as `AttentionInputs.logits` says it."""
+    softcap = text.softcap
+    alibi = None if text.alibi is None else text.alibi[0].float()
+
+    def logit(score: Tensor, _text: Tensor, head: Tensor, _query: Tensor, key: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        return score if alibi is None else score + alibi[head, key]
+
+    return logit
+
+
+@functools.lru_cache(maxsize=8)
+def _seen_keys(n_tokens: int, window: int | None, device: torch.device) -> flex.BlockMask:
+    """The keys that each query sees: itself and those before it, within the window."""
+    width = window or n_tokens
+
+    def mask(_text: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < width)
+
+    return flex.create_block_mask(mask, None, None, n_tokens, n_tokens, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _later_queries(n_tokens: int, window: int | None, device: torch.device) -> flex.BlockMask:
+    """The queries that see each key, but for its own."""
+    width = window or n_tokens
+
+    def mask(_text: Tensor, _head: Tensor, key: Tensor, query: Tensor) -> Tensor:
+        return (key < query) & (query - key < width)
+
+    return flex.create_block_mask(mask, None, None, n_tokens, n_tokens, device=device)
+
+
+def _attention(*parts: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of each query."""
+    run = _compiled_for(parts[0].device)
+    if hasattr(flex, "AuxRequest"):
+        output, aux = run(*parts, **settings, return_aux=flex.AuxRequest(lse=True))
+        return output, aux.lse
+    output, log_sum = run(*parts, **settings, return_lse=True)  # before PyTorch 2.9
+    return output, log_sum
+
+
+@functools.cache
+def _compiled_for(device: torch.device) -> Callable[..., Any]:
+    """Fused on an accelerator; on a CPU it holds whole patterns, and is for tests."""
+    plain: Callable[..., Any] = flex.flex_attention
+    return plain if device.type == "cpu" else torch.compile(plain)
