@@ -94,6 +94,8 @@ def measure(side: str, model_name: str, n_tokens: int) -> None:
     else:
         model = ss.load_model(model_name, progress=False)
         vocabulary = int(model.cfg.d_vocab)
+        # Longer texts than the model was made for take as much memory as if it had been.
+        model.cfg.n_ctx = max(model.cfg.n_ctx, n_tokens)
     tokens = (torch.arange(n_tokens) * 7919 % vocabulary)[None]
     collectors = [
         ss.ResidualNorms(),
