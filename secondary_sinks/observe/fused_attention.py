@@ -67,9 +67,7 @@ class FusedAttention:
         self, inputs: AttentionInputs
     ) -> tuple[Float[Tensor, "batch token head d_value"], list[AttentionColumns]]:
         """The output of one layer's attention, and the column statistics of each text."""
-        n_batch, n_heads, n_tokens, _ = inputs.query.shape
-        output = inputs.query.new_zeros(n_batch, n_tokens, n_heads, inputs.value.shape[-1])
-        columns = []
+        output, columns = inputs.no_output(), []
         for row, length in enumerate(self._lengths):
             text = inputs.of_text(row, length)
             found, log_sum = self._forward(text)
@@ -108,7 +106,7 @@ class FusedAttention:
             text.key,
             text.value,
             score_mod=_score_mod(text),
-            block_mask=_seen_keys(n_tokens, window, text.query.device),
+            block_mask=_pairs(n_tokens, window, text.query.device),
             scale=text.scale,
             enable_gqa=True,
         )
@@ -135,7 +133,7 @@ class FusedAttention:
             text.query,
             text.query[..., :_D_UNUSED],
             score_mod=log_weight,
-            block_mask=_later_queries(n_tokens, text.window, log_sum.device),
+            block_mask=_pairs(n_tokens, text.window, log_sum.device, by_key=True),
             scale=text.scale,
         )
         products = text.scale * (text.query[0].float() * keys[0].float()).sum(dim=-1)
@@ -165,24 +163,22 @@ def _score_mod(text: AttentionInputs) -> ScoreMod:
 
 
 @functools.lru_cache(maxsize=8)
-def _seen_keys(n_tokens: int, window: int | None, device: torch.device) -> flex.BlockMask:
-    """The keys that each query sees: itself and those before it, within the window."""
+def _pairs(
+    n_tokens: int, window: int | None, device: torch.device, *, by_key: bool = False
+) -> flex.BlockMask:
+    """Which keys each query sees: itself and those before it, within the window.
+
+    With `by_key` the queries that see each key, but for its own.
+    """
     width = window or n_tokens
 
-    def mask(_text: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def of_query(_text: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query - key < width)
 
-    return flex.create_block_mask(mask, None, None, n_tokens, n_tokens, device=device)
+    def of_key(text: Tensor, head: Tensor, key: Tensor, query: Tensor) -> Tensor:
+        return of_query(text, head, query, key) & (key != query)
 
-
-@functools.lru_cache(maxsize=8)
-def _later_queries(n_tokens: int, window: int | None, device: torch.device) -> flex.BlockMask:
-    """The queries that see each key, but for its own."""
-    width = window or n_tokens
-
-    def mask(_text: Tensor, _head: Tensor, key: Tensor, query: Tensor) -> Tensor:
-        return (key < query) & (query - key < width)
-
+    mask = of_key if by_key else of_query
     return flex.create_block_mask(mask, None, None, n_tokens, n_tokens, device=device)
 
 

@@ -89,9 +89,7 @@ class StreamingAttention:
         self, inputs: AttentionInputs
     ) -> tuple[Float[Tensor, "batch token head d_value"], list[AttentionColumns]]:
         """The output of one layer's attention, and the column statistics of each text."""
-        n_batch, n_heads, n_tokens, _ = inputs.query.shape
-        output = inputs.query.new_zeros(n_batch, n_tokens, n_heads, inputs.value.shape[-1])
-        columns = []
+        output, columns = inputs.no_output(), []
         for row, length in enumerate(self._lengths):
             own = inputs.of_text(row, length)
             text = _Text(
