@@ -1,4 +1,4 @@
-"""Packed rows against nnsight, for the same ablations read at the same token.
+"""Counterfactual rows against nnsight, for the same ablations read at the same token.
 
 nnsight runs a Hugging Face model and traces edits of it. Its two ways to ask what becomes of a
 token when one MLP output is zeroed are one trace for each ablation, and one trace in which each
