@@ -2,7 +2,7 @@
 
 Claim: seven sinks, every layer's MLP and attention output ablated in four ways, 21 doses of every
 MLP near the onset, and every layer's write transplanted into 18 control tokens, on 400 tokens of
-Qwen2.5-0.5B, take less than a minute and a half on two cores.
+Qwen2.5-0.5B, take less than a minute on two cores.
 
 A row is its clean token before its first edit, so passes of rows that are edited late begin late.
 What that saves is measured beside it: the same call with all passes made to begin at the first
@@ -98,7 +98,7 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(times, first, strict=True))
         each = 1000 * median / len(rows)
         print(f"{name:<34}{median:6.1f} s, {each:.1f} ms a row, {ratio:.2f} x")
-    print(f"median of {options.repeats} interleaved runs")
+    print(f"median of {options.repeats} interleaved run{'s' * (options.repeats > 1)}")
 
 
 if __name__ == "__main__":
