@@ -118,7 +118,10 @@ def load_model(
                 "dtype out, and choose them where it is loaded (from_pretrained, dispatch_model)."
             )
         hf = hf.to(device=device, dtype=dtype)
-    return _wrap(name, hf.eval(), tokenizer, kind, progress)
+    from secondary_sinks.models.condition import warn_of_eager_alibi
+
+    warn_of_eager_alibi(hf.eval(), name)
+    return _wrap(name, hf, tokenizer, kind, progress)
 
 
 def _locate(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -43,3 +46,26 @@ def test_models_that_look_both_ways_are_refused(tiny, config, model):
         tokenizer.init_kwargs.update(before)
     with pytest.raises(ss.ModelError, match="not a causal language model"):
         ss.detect_sinks(host, torch.arange(3, 20))
+
+
+def times_that_the_bias_is_added(hf):
+    """As the first head's pattern tells where all products of queries and keys are 0."""
+    hf.transformer.h[0].self_attention.query_key_value.weight.data.zero_()
+    with torch.no_grad():
+        pattern = hf(torch.arange(8)[None], output_attentions=True).attentions[0][0, 0, -1]
+    slope, d_head = 2 ** (-8 / hf.config.num_attention_heads), hf.config.head_dim
+    return float((pattern[1:] / pattern[:-1]).log().mean()) * math.sqrt(d_head) / slope
+
+
+@pytest.mark.parametrize("alibi", [True, False])
+def test_a_position_bias_that_is_added_twice_is_told(tiny, alibi):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    hf = transformers.FalconForCausalLM(transformers.FalconConfig(alibi=alibi, **sizes)).eval()
+    hf.config._attn_implementation = "eager"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ss.load_model(hf, tokenizer=tiny("llama").tokenizer)
+    told = any("added twice" in str(one.message) for one in caught)
+    assert hf.config._attn_implementation == "eager"
+    again = transformers.FalconForCausalLM(hf.config).eval()
+    assert told == (alibi and times_that_the_bias_is_added(again) == pytest.approx(2, rel=0.02))
