@@ -1,8 +1,8 @@
 """Time of an import, of `--help` and of loading a cached model, over what cannot be avoided.
 
 Claims: importing the package costs a few hundredths of a second over an interpreter that does
-nothing, and `secondary-sinks --help` about a tenth, because nothing heavy is imported before it is
-used; a cached model of half a billion parameters is ready in less than three seconds, imports
+nothing, and `secondary-sinks --help` less than a fifth, because nothing heavy is imported before it
+is used; a cached model of half a billion parameters is ready in less than three seconds, imports
 aside, which is little over reading the same folder with Hugging Face alone.
 
 Every side is a process of its own; the sides take turns, and the shortest time of each counts,

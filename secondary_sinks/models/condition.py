@@ -1,4 +1,7 @@
-"""The condition in which a model is measured: raw weights or not, repeatable activations or not."""
+"""The condition in which a model is measured.
+
+Raw weights or not, repeatable activations or not, the attention that it was trained with or not.
+"""
 
 from __future__ import annotations
 

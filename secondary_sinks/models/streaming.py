@@ -80,7 +80,7 @@ class AttentionInputs:
             logits = logits + self.alibi[0, :, None, keys].float()
         return logits
 
-    def no_output(self) -> Float[Tensor, "batch token head d_value"]:
+    def zero_output(self) -> Float[Tensor, "batch token head d_value"]:
         """Zeros in the shape of what the heads put out."""
         n_batch, n_heads, n_tokens, _ = self.query.shape
         return self.query.new_zeros(n_batch, n_tokens, n_heads, self.value.shape[-1])

@@ -89,7 +89,7 @@ class StreamingAttention:
         self, inputs: AttentionInputs
     ) -> tuple[Float[Tensor, "batch token head d_value"], list[AttentionColumns]]:
         """The output of one layer's attention, and the column statistics of each text."""
-        output, columns = inputs.no_output(), []
+        output, columns = inputs.zero_output(), []
         for row, length in enumerate(self._lengths):
             own = inputs.of_text(row, length)
             text = _Text(
