@@ -22,7 +22,7 @@ import torch
 from transformer_lens import patching
 
 import secondary_sinks as ss
-from secondary_sinks.cli import demo_messages
+from secondary_sinks.cli.app import demo_messages
 
 CELLS = 2
 

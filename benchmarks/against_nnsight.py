@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.cli import demo_messages
-from secondary_sinks.models.fetch import fetch
+from secondary_sinks.cli.app import demo_messages
+from secondary_sinks.loading.fetch import fetch
 
 TRACES = 3  # ablations that are run one at a time in each repetition
 INVOKES = 4  # ablations that share a trace

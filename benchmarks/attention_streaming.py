@@ -29,7 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import secondary_sinks as ss
-from secondary_sinks.models.fetch import fetch
+from secondary_sinks.loading.fetch import fetch
 
 Clock = Callable[[], float]
 Side = Callable[[], float]

@@ -24,10 +24,10 @@ from unittest import mock
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.cli import demo_messages
+from secondary_sinks.cli.app import demo_messages
 
 # The module, which has the name of its function.
-counterfactuals = import_module("secondary_sinks.questions.counterfactuals")
+counterfactuals = import_module("secondary_sinks.intervene.counterfactuals")
 
 DOSES = [0.125 * step for step in range(21)]
 

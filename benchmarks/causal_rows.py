@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.intervene.chunks import FastEngine, run_rows
+from secondary_sinks.intervene.engine import clean_run_for_rows
 from secondary_sinks.intervene.interventions import rows_of
-from secondary_sinks.intervene.self_test import clean_run_for_rows
+from secondary_sinks.intervene.passes import FastEngine, run_rows
 
 CACHED = "cached rows"
 N_SINKS = 7

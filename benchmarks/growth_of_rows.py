@@ -82,7 +82,7 @@ def draw(seconds: Found, megabytes: Found, path: Path) -> None:
     """Seconds and memory over the number of rows, a curve for each length."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    from secondary_sinks.report.style import add_panel, new_figure, save_figure, styled
+    from secondary_sinks.plots.style import add_panel, new_figure, save_figure, styled
 
     counts = [count for count in COUNTS if count]
     with styled():

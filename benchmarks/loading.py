@@ -36,7 +36,7 @@ print(time.perf_counter() - began)
 """
 HELP = """
 import sys
-from secondary_sinks.cli import main
+from secondary_sinks.cli.app import main
 sys.argv = ["secondary-sinks", "--help"]
 main()
 """
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
 
-    from secondary_sinks.models.fetch import fetch
+    from secondary_sinks.loading.fetch import fetch
 
     folder = str(fetch(options.model, None, False))  # in the cache from now on
     compared = sides(options.model, folder)

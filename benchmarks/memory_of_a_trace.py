@@ -85,7 +85,7 @@ def measure(side: str, model_name: str, n_tokens: int) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        from secondary_sinks.models.fetch import fetch
+        from secondary_sinks.loading.fetch import fetch
 
         logging.disable_progress_bar()
         folder = str(fetch(model_name, None, False))

@@ -17,15 +17,15 @@ import pages
 from matplotlib.figure import Figure
 
 import secondary_sinks as ss
-from secondary_sinks.cli import DEMO_MODEL, DEMO_TOKENS, demo_messages
-from secondary_sinks.report.sink_curves import (
+from secondary_sinks.cli.app import DEMO_MODEL, DEMO_TOKENS, demo_messages
+from secondary_sinks.plots.sink_curves import (
     CURVES_HEIGHT,
     draw_legend,
     draw_norms,
     draw_scores,
     legend_height,
 )
-from secondary_sinks.report.style import add_panel, new_figure, save_figure, styled
+from secondary_sinks.plots.style import add_panel, new_figure, save_figure, styled
 
 DOCS = Path(__file__).parent
 PLAIN_TEXT = (

@@ -18,7 +18,7 @@ import typer
 from shared import MAX_TOKENS, N_TEXTS, Outcome, Verdict, make_bench, write
 
 import secondary_sinks as ss
-from secondary_sinks.report.levels import plot_sink_levels
+from secondary_sinks.plots.plot_sink_levels import plot_sink_levels
 
 LEAST_MODELS = 4
 LEAST_SINKS = 10

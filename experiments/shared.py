@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import secondary_sinks as ss
-from secondary_sinks.cli_inputs import as_model_input, read_sources
+from secondary_sinks.cli.inputs import as_model_input, read_sources
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,7 +164,7 @@ _PLAIN = ("mathematics", "prose", "code", "lists", "tables", "multilingual", "pl
 
 def write(outcome: Outcome, name: str, folder: Path) -> list[Path]:
     """Figures as PNG and PDF, tables as CSV, the verdict as text."""
-    from secondary_sinks.report.style import save_figure
+    from secondary_sinks.plots.style import save_figure
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [

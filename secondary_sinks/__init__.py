@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from secondary_sinks.errors import InputError as InputError
     from secondary_sinks.errors import LoadError as LoadError
     from secondary_sinks.errors import ModelError as ModelError
-    from secondary_sinks.explain.sinks import Evidence as Evidence
-    from secondary_sinks.explain.sinks import Sink as Sink
-    from secondary_sinks.explain.sinks import SinkMap as SinkMap
     from secondary_sinks.observe.collectors import Collector as Collector
     from secondary_sinks.observe.collectors import MassiveActivations as MassiveActivations
     from secondary_sinks.observe.collectors import Norms as Norms
@@ -29,7 +26,10 @@ if TYPE_CHECKING:
     from secondary_sinks.observe.received_attention import ReceivedAttention as ReceivedAttention
     from secondary_sinks.observe.trace import Trace as Trace
     from secondary_sinks.observe.trace import trace as trace
-    from secondary_sinks.questions.detect_sinks import detect_sinks as detect_sinks
+    from secondary_sinks.sinks.detect_sinks import detect_sinks as detect_sinks
+    from secondary_sinks.sinks.sink_map import Evidence as Evidence
+    from secondary_sinks.sinks.sink_map import Sink as Sink
+    from secondary_sinks.sinks.sink_map import SinkMap as SinkMap
     from secondary_sinks.texts import BundledText as BundledText
     from secondary_sinks.texts import bundled_texts as bundled_texts
 
@@ -42,53 +42,53 @@ _HOME = {
     "SecondarySinksError": "errors",
     "bundled_texts": "texts",
     "BundledText": "texts",
-    "load_model": "models.load",
-    "list_models": "models.load",
-    "counterfactuals": "questions.counterfactuals",
-    "CounterfactualRows": "questions.counterfactuals",
-    "attribute_to_mlps": "questions.attribute_to_mlps",
-    "MlpAttribution": "explain.attribution",
-    "pool_attributions": "explain.pooling",
-    "PooledAttribution": "explain.pooling",
-    "mean_activations": "questions.mean_activations",
-    "MeanActivations": "explain.means",
-    "sink_decomposition": "questions.sink_decomposition",
-    "SinkDecomposition": "explain.decomposition",
-    "head_reads": "questions.head_reads",
-    "HeadReads": "explain.heads",
-    "dose_response": "questions.dose_response",
-    "DoseResponse": "explain.doses",
-    "remove_sinks": "questions.remove_sinks",
-    "SinkRemoval": "explain.removal",
-    "mlp_stage_alignment": "questions.mlp_stage_alignment",
-    "MlpStages": "explain.mlp_stages",
-    "mlp_response": "questions.mlp_response",
-    "MlpResponse": "explain.mlp_response",
-    "neuron_contributions": "questions.neuron_contributions",
-    "NeuronContributions": "explain.neurons",
-    "patch_activations": "questions.patch_activations",
-    "PatchResult": "explain.patching",
-    "path_effect": "questions.path_effect",
-    "PathEffect": "explain.paths",
-    "norm_profiles": "questions.norm_profiles",
-    "NormProfiles": "explain.norm_profiles",
-    "norm_law": "questions.norm_law",
-    "NormLaw": "explain.norm_law",
-    "primary_weakening": "questions.primary_weakening",
-    "PrimaryWeakening": "explain.weakening",
-    "separability": "questions.separability",
-    "Separability": "explain.separability",
-    "token_statistics": "questions.token_statistics",
-    "TokenStatistics": "explain.token_statistics",
-    "other_measures": "questions.other_measures",
-    "OtherMeasures": "explain.measures",
+    "load_model": "loading.load_model",
+    "list_models": "loading.load_model",
+    "counterfactuals": "intervene.counterfactuals",
+    "CounterfactualRows": "intervene.counterfactuals",
+    "attribute_to_mlps": "analyses.attribution.attribute_to_mlps",
+    "MlpAttribution": "analyses.attribution.attribution_result",
+    "pool_attributions": "analyses.attribution.pool_attributions",
+    "PooledAttribution": "analyses.attribution.pool_attributions",
+    "mean_activations": "intervene.mean_activations",
+    "MeanActivations": "intervene.mean_activations",
+    "sink_decomposition": "analyses.decomposition.sink_decomposition",
+    "SinkDecomposition": "analyses.decomposition.decomposition_result",
+    "head_reads": "analyses.heads.head_reads",
+    "HeadReads": "analyses.heads.head_reads_result",
+    "dose_response": "analyses.dose_response",
+    "DoseResponse": "analyses.dose_response",
+    "remove_sinks": "analyses.remove_sinks",
+    "SinkRemoval": "analyses.remove_sinks",
+    "mlp_stage_alignment": "analyses.mlp_stage_alignment",
+    "MlpStages": "analyses.mlp_stage_alignment",
+    "mlp_response": "analyses.mlp_response",
+    "MlpResponse": "analyses.mlp_response",
+    "neuron_contributions": "analyses.neuron_contributions",
+    "NeuronContributions": "analyses.neuron_contributions",
+    "patch_activations": "analyses.patch_activations",
+    "PatchResult": "analyses.patch_activations",
+    "path_effect": "analyses.path_effect",
+    "PathEffect": "analyses.path_effect",
+    "norm_profiles": "analyses.norm_profiles",
+    "NormProfiles": "analyses.norm_profiles",
+    "norm_law": "analyses.norm_law",
+    "NormLaw": "analyses.norm_law",
+    "primary_weakening": "analyses.primary_weakening",
+    "PrimaryWeakening": "analyses.primary_weakening",
+    "separability": "analyses.separability",
+    "Separability": "analyses.separability",
+    "token_statistics": "analyses.token_statistics",
+    "TokenStatistics": "analyses.token_statistics",
+    "other_measures": "analyses.other_measures",
+    "OtherMeasures": "analyses.other_measures",
     "Intervention": "intervene.interventions",
     **dict.fromkeys(
         ("Add", "KeepOnly", "Mean", "ProjectOut", "Replace", "Resample", "Scale", "Zero"),
         "intervene.edits",
     ),
-    "planted_model": "models.planted",
-    "random_planted": "models.planted",
+    "planted_model": "planted.planted_model",
+    "random_planted": "planted.planted_model",
     "AttentionEntropy": "observe.entropy",
     "ChosenVectors": "observe.vectors",
     "Collector": "observe.collectors",
@@ -103,14 +103,14 @@ _HOME = {
     "ReceivedAttention": "observe.received_attention",
     "Trace": "observe.trace",
     "trace": "observe.trace",
-    "Evidence": "explain.sinks",
-    "Sink": "explain.sinks",
-    "SinkMap": "explain.sinks",
-    "SinkLevels": "explain.levels",
-    "detect_sinks": "questions.detect_sinks",
-    "sink_levels": "questions.sink_levels",
-    "read_reference": "questions.reference_files",
-    "write_reference": "questions.reference_files",
+    "Evidence": "sinks.sink_map",
+    "Sink": "sinks.sink_map",
+    "SinkMap": "sinks.sink_map",
+    "SinkLevels": "sinks.levels",
+    "detect_sinks": "sinks.detect_sinks",
+    "sink_levels": "sinks.levels",
+    "read_reference": "sinks.published_files",
+    "write_reference": "sinks.published_files",
 }
 
 __all__ = ["__version__", *_HOME]

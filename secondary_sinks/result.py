@@ -16,18 +16,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import types
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from secondary_sinks.errors import LoadError
+from secondary_sinks.errors import InputError, LoadError
 from secondary_sinks.storage import load_record, save_record
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 Self = TypeVar("Self", bound="Result")
 
@@ -71,6 +75,24 @@ class Result:
                 "compute it again"
             ) from error
         return loaded
+
+    def plot(self, **options: Any) -> Figure:
+        """Draw the result.
+
+        The figure of a `NormLaw` is `plot_norm_law` in `secondary_sinks.plots.plot_norm_law`, and
+        so on; its docstring says what can be seen and lists the options. A result finds its figure
+        by this name, so that figures import results and not the other way round.
+
+        Raises:
+            InputError: results of this kind have no figure.
+        """
+        name = "plot_" + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        if find_spec(f"secondary_sinks.plots.{name}") is None:
+            raise InputError(f"{type(self).__name__} has no figure; see to_frame()")
+        figure: Figure = getattr(import_module(f"secondary_sinks.plots.{name}"), name)(
+            self, **options
+        )
+        return figure
 
     def _repr_html_(self) -> str:
         import html

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from secondary_sinks.sinks.sink_map import Evidence, Sink, SinkMap
+
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA_LIKE = SIZE | {
     "intermediate_size": 48,
@@ -197,3 +199,92 @@ def random_tokens(n: int, *, rows: int | None = None, seed: int = 0) -> torch.Te
 def tokens_of() -> Callable[..., torch.Tensor]:
     """Random token ids of the tiny models."""
     return random_tokens
+
+
+TOKENS = ("\n", " you", "。你", "$x$", "\\times", " internationalization")
+
+
+def _invented(
+    n_secondary: int,
+    n_tokens: int = 400,
+    *,
+    n_layers: int = 24,
+    primary_lives: tuple[tuple[int, int], ...] = ((2, 22),),
+) -> SinkMap:
+    generator = torch.Generator().manual_seed(n_secondary)
+    shape = (n_layers, n_tokens)
+    norm = 8 + 4 * torch.rand(shape, generator=generator)
+    ratio = 0.5 + torch.rand(shape, generator=generator)
+    score = torch.rand(n_layers, 2, n_tokens, generator=generator) / n_tokens
+    alignment = torch.rand(shape, generator=generator) * 0.3
+    places = torch.randperm(n_tokens - 20, generator=generator)[:n_secondary].sort().values + 2
+    lives = [(0, start, end) for start, end in primary_lives]
+    lives += [(position, 8, 18) for position in places.tolist()]
+    sinks = []
+    for position, start, end in lives:
+        norm[start:end, position] = 1000.0 if position == 0 else 200.0
+        score[start + 1 : end + 1, :, position] = 0.3 if position == 0 else 0.05
+        ratio[start + 1 : end + 1, position] = 40.0
+        alignment[start:end, position] = 0.98
+        layers = tuple(range(start, end))
+        n = len(layers)
+        evidence = Evidence(
+            alignment=(0.98,) * n,
+            centered_alignment=(0.98,) * n,
+            norm=(200.0,) * n,
+            norm_ratio=(20.0,) * n,
+            centered_norm_ratio=(22.0,) * n,
+            sink_score=(0.05,) * n,
+            attention_ratio=40.0,
+            n_queries=100,
+        )
+        kind = "primary" if position == 0 else "secondary"
+        sinks.append(Sink(position, TOKENS[position % 6], 5 + position, kind, layers, evidence))
+    score[:, :, -8:] = torch.nan
+    return SinkMap(
+        tokens=torch.zeros(n_tokens, dtype=torch.long),
+        token_strings=tuple(TOKENS[index % 6] for index in range(n_tokens)),
+        n_tokens=n_tokens,
+        model={"name": "an $invented$ model", "n_layers": n_layers, "processing": ()},
+        criterion="evidence",
+        thresholds={"min_alignment": 0.9, "min_norm_ratio": 1.5, "min_attention_ratio": 4.0},
+        primary_position=0,
+        phases=primary_lives,
+        sinks=tuple(sinks),
+        alignment=alignment,
+        centered_alignment=alignment,
+        norm=norm,
+        centered_norm=norm,
+        ordinary_norm=norm.median(dim=1).values,
+        ordinary_centered_norm=norm.median(dim=1).values,
+        sink_score=score,
+        attention_ratio=ratio,
+    )
+
+
+@pytest.fixture(scope="session")
+def invented() -> Callable[..., SinkMap]:
+    """Number of secondary sinks, length -> a map with them at random positions.
+
+    All have onset 8 and lifetime 10; their tokens are hard to draw.
+    """
+    return _invented
+
+
+@pytest.fixture
+def published() -> SinkMap:
+    """A map as `read_reference` makes it: sinks, no arrays; one lives in separate layers."""
+    return SinkMap(
+        tokens=None,
+        token_strings=(),
+        n_tokens=1390,
+        model={"name": "published"},
+        criterion="reference",
+        thresholds={},
+        primary_position=0,
+        phases=((6, 35),),
+        sinks=(
+            Sink(0, "#1", 1, "primary", tuple(range(6, 35))),
+            Sink(589, "#220", 220, "secondary", (16, 17, 18, 21, 22)),
+        ),
+    )

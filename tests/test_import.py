@@ -24,7 +24,7 @@ CODE = {
     "names": "import secondary_sinks\nassert 'trace' in dir(secondary_sinks)",
     "aliases": "import secondary_sinks\nassert secondary_sinks.list_models()",
     "errors": "from secondary_sinks import InputError, ModelError",
-    "help": "from secondary_sinks.cli import main\n"
+    "help": "from secondary_sinks.cli.app import main\n"
     "sys.argv = ['secondary-sinks', '--help']\n"
     "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code",
 }

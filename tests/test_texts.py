@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import secondary_sinks as ss
 from secondary_sinks import cli
-from secondary_sinks.cli_inputs import read_sources
-from secondary_sinks.models.text import tokenize
+from secondary_sinks.cli.inputs import read_sources
+from secondary_sinks.host.text_input import tokenize
 from secondary_sinks.texts import KINDS, BundledText
 
 

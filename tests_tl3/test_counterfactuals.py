@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 import secondary_sinks as ss
 from secondary_sinks.intervene import chunks as module
 from secondary_sinks.intervene.hooked_rows import standing_at
-from secondary_sinks.models.planted import random_planted
+from secondary_sinks.planted.planted_model import random_planted
 
 N = 24
 I = ss.Intervention  # noqa: E741

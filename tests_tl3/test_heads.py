@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.models.planted import planted_model, random_planted
+from secondary_sinks.planted.planted_model import planted_model, random_planted
 
 
 @pytest.mark.parametrize("seed", [1, 3])

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.models import hooked
-from secondary_sinks.models.load import load_model
+from secondary_sinks.loading import hooked_transformer as hooked
+from secondary_sinks.loading.load_model import load_model
 
 WORDS = ["<s>", "</s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", ".", "dog", "ran"]
 TEXT = "the cat sat on a mat ."

@@ -7,9 +7,9 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import secondary_sinks as ss
-from secondary_sinks.models.host import Site, forward, missing_sites
-from secondary_sinks.models.mlp import mlp_of, run_mlp
-from secondary_sinks.models.planted import planted_model
+from secondary_sinks.host.mlp import mlp_of, run_mlp
+from secondary_sinks.host.sites import Site, forward, missing_sites
+from secondary_sinks.planted.planted_model import planted_model
 
 SETTINGS = {
     "n_layers": 3,

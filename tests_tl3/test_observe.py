@@ -7,9 +7,9 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import secondary_sinks as ss
-from secondary_sinks.models.host import describe
-from secondary_sinks.models.identity import check_residual_identity
-from secondary_sinks.models.planted import random_planted
+from secondary_sinks.host.identity import check_residual_identity
+from secondary_sinks.host.sites import describe
+from secondary_sinks.planted.planted_model import random_planted
 
 COLLECTORS = [
     ss.SinkScores(min_queries=1),

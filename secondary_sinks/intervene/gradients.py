@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.host.sites import SITE_HOOKS, Site, UserHook
+from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.whole_text import TextMeter, TextState
-from secondary_sinks.models.host import SITE_HOOKS, Site, UserHook
 
 
 def metric_gradients(

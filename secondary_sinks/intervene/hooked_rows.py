@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.models.exchange import exchanged
+from secondary_sinks.host.temporary import exchanged
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
+from secondary_sinks.host.sites import Site, describe, missing_sites
 from secondary_sinks.intervene.edits import Edit
-from secondary_sinks.models.host import Site, describe, missing_sites
 
 EditSite = Literal[
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "k", "v", "mlp_post"

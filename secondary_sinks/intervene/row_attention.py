@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.intervene.clean import CleanRun
-from secondary_sinks.models.streaming import AttentionInputs
+from secondary_sinks.host.attention_replaced import AttentionInputs
+from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.observe.attention_columns import AttentionColumns
 
 _LOGITS = 1 << 24

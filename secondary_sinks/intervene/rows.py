@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.intervene.clean import CleanRun, TokenGeometry
+from secondary_sinks.host.sites import Editor, Site
+from secondary_sinks.intervene.clean_run import CleanRun, TokenGeometry
 from secondary_sinks.intervene.edits import ALONE
 from secondary_sinks.intervene.interventions import Intervention, Row, apply_edit
-from secondary_sinks.models.host import Editor, Site
 
 Place = tuple[int, int]
 """Batch row and sequence index at which a row's token stands."""

@@ -28,11 +28,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.host.memory import is_out_of_memory
+from secondary_sinks.host.sites import Editor, Site, UserHook, describe, forward
+from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.interventions import Intervention, Row
 from secondary_sinks.intervene.rows import Place, edit_hooks
-from secondary_sinks.models.host import Editor, Site, UserHook, describe, forward
-from secondary_sinks.models.memory import is_out_of_memory
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.attention_path import (
     AttentionChoice,

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.models.streaming import AttentionInputs
+from secondary_sinks.host.attention_replaced import AttentionInputs
 
 ATTENTION = "attention"
 """The site whose activation is an `AttentionColumns`, once a layer."""

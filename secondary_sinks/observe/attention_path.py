@@ -26,7 +26,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.models.host import (
+from secondary_sinks.host.attention_replaced import (
+    AttentionInputs,
+    has_module_hooks,
+    replaced_attention,
+    sliding_windows,
+)
+from secondary_sinks.host.identity import hooks_aside
+from secondary_sinks.host.memory import is_out_of_memory
+from secondary_sinks.host.precision import tolerance
+from secondary_sinks.host.sites import (
     FINAL_NORM,
     Observer,
     Site,
@@ -34,15 +43,6 @@ from secondary_sinks.models.host import (
     describe,
     hook_names,
     observe,
-)
-from secondary_sinks.models.identity import hooks_aside
-from secondary_sinks.models.memory import is_out_of_memory
-from secondary_sinks.models.precision import tolerance
-from secondary_sinks.models.streaming import (
-    AttentionInputs,
-    has_module_hooks,
-    replaced_attention,
-    sliding_windows,
 )
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.fused_attention import FusedAttention

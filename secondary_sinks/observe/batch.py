@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.models.host import HostInfo, Observer, Site, UserHook, layer_sites, observe
-from secondary_sinks.models.memory import is_out_of_memory
-from secondary_sinks.models.text import TokenizedText, pad
+from secondary_sinks.host.memory import is_out_of_memory
+from secondary_sinks.host.sites import HostInfo, Observer, Site, UserHook, layer_sites, observe
+from secondary_sinks.host.text_input import TokenizedText, pad
 from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 from secondary_sinks.observe.attention_path import (
     AttentionChoice,

@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.models.host import FINAL_NORM
+from secondary_sinks.host.sites import FINAL_NORM
 from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 
 
@@ -50,7 +50,7 @@ class Collector:
     """Base of all collectors; subclasses set `sites` and define `start`, `update`, `result`."""
 
     sites: tuple[str, ...] = ()
-    """Names of the sites to read (`models.host.SITE_HOOKS`, `final_norm`, or `attention`)."""
+    """Names of the sites to read (`host.sites.SITE_HOOKS`, `final_norm`, or `attention`)."""
 
     attention: ColumnRequest = ColumnRequest()
     """What the site `attention` should show, for those that read it."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.models.streaming import AttentionInputs
+from secondary_sinks.host.attention_replaced import AttentionInputs
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.streaming_attention import StreamingAttention
 

@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.models.streaming import AttentionInputs
+from secondary_sinks.host.attention_replaced import AttentionInputs
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 
 _DEALT_FROM = 1025

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.models.host import HostInfo, UserHook, describe, layer_sites, missing_sites
-from secondary_sinks.models.identity import check_residual_identity
-from secondary_sinks.models.text import Message, Text, is_many, tokenize
+from secondary_sinks.host.identity import check_residual_identity
+from secondary_sinks.host.sites import HostInfo, UserHook, describe, layer_sites, missing_sites
+from secondary_sinks.host.text_input import Message, Text, is_many, tokenize
 from secondary_sinks.observe.attention_columns import ATTENTION
 from secondary_sinks.observe.attention_path import AttentionChoice, AttentionPath
 from secondary_sinks.observe.batch import batches_of, hooked_sites, name_of, run_batch
@@ -161,7 +161,7 @@ def trace(
     Args:
         model: any TransformerLens model (`TransformerBridge`, `HookedTransformer`).
         text: a string, a list of strings, a conversation, token ids, or a list of token tensors;
-            see `secondary_sinks.models.text.tokenize` for these and the next four arguments.
+            see `secondary_sinks.host.text_input.tokenize` for these and the next four arguments.
         collectors: what to keep; see `secondary_sinks.observe.collectors`. They are settings only:
             a copy of each works on each text.
         chat: wrap each string in the model's chat template.

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.models.host import describe, observe
-from secondary_sinks.models.streaming import AttentionInputs, replaced_attention
+from secondary_sinks.host.attention_replaced import AttentionInputs, replaced_attention
+from secondary_sinks.host.sites import describe, observe
 from secondary_sinks.observe.streaming_attention import StreamingAttention
 
 _LAST = 8  # last queries that are compared

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import secondary_sinks as ss
-from secondary_sinks.models.planted import PlantedPhase, PlantedSink
+from secondary_sinks.planted.planted_model import PlantedPhase, PlantedSink
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(FOLDER))

@@ -10,12 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import secondary_sinks as ss
-from secondary_sinks.intervene.clean import CleanRun
+from secondary_sinks.host.attention_replaced import replaced_attention
+from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.whole_text import run_whole_texts
-from secondary_sinks.models.planted import PlantedPhase, planted_model
-from secondary_sinks.models.streaming import replaced_attention
 from secondary_sinks.observe import attention_path, streaming_attention
 from secondary_sinks.observe.streaming_attention import StreamingAttention
+from secondary_sinks.planted.planted_model import PlantedPhase, planted_model
 
 LONG = 100  # as `auto` sees it, where `long_texts` is in force
 N = 40  # longer than every sliding window of the tiny models, and than the blocks of these tests

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.models.streaming import AttentionInputs
+from secondary_sinks.host.attention_replaced import AttentionInputs
 from secondary_sinks.observe import attention_path
 from secondary_sinks.observe.attention_columns import ColumnRequest
 from secondary_sinks.observe.fused_attention import FusedAttention

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.models.streaming import AttentionInputs
+from secondary_sinks.host.attention_replaced import AttentionInputs
 from secondary_sinks.observe import streaming_attention
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.streaming_attention import StreamingAttention

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.models import host
-from secondary_sinks.models.host import Site, describe, observe
-from secondary_sinks.models.identity import check_residual_identity
-from secondary_sinks.models.planted import PlantedPhase, planted_model
+from secondary_sinks.host import sites as host
+from secondary_sinks.host.identity import check_residual_identity
+from secondary_sinks.host.sites import Site, describe, observe
+from secondary_sinks.planted.planted_model import PlantedPhase, planted_model
 
 N = 24  # longer than every sliding window of the tiny models
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.models import streaming
-from secondary_sinks.models.memory import is_out_of_memory
+from secondary_sinks.host import attention_replaced as streaming
+from secondary_sinks.host.memory import is_out_of_memory
 from secondary_sinks.observe import attention_path, window_check
 
 WINDOW = 16

@@ -1,0 +1,354 @@
+"""Replace the attention of a `TransformerBridge`, for as long as a context lasts.
+
+The bridge computes attention eagerly, whole pattern by whole pattern, so that its hooks can show
+it. `replaced_attention` hands queries, keys and values to a function of one's own instead, and
+takes its output:
+
+>>> def attend(layer: int, inputs: AttentionInputs) -> Tensor:  # [batch, token, head, d_head]
+...     ...
+>>> with replaced_attention(model, attend):
+...     observe(...)
+
+Everything outside of the scores goes on as before: the hooks of queries, keys and values, of what
+the heads put out and of the residual stream fire and can be edited. Those between the projections
+and the output (`pattern`, `attn_scores`, rotated queries and keys) do *not* fire, and the host says
+nothing; `observe.attention_path` finds out which, and compares the rest with the eager pass.
+
+A bridge has attention of two kinds. Where the model has a projection each for queries, keys and
+values, Hugging Face's own attention module is run (its projections are parts of the bridge, hooks
+and all) with an attention function and a mask builder that are registered under a name of their
+own. Modules that are older than this registry (GPT-J, GPT-Neo) have a method `_attn` to exchange.
+Where the model has one joint projection (GPT-2, NeoX, Phi-3, Bloom) the bridge has split it,
+Hugging Face's module does not know the parts, and the step of the bridge after the projections is
+exchanged. `HookedTransformer` has no such place: scores, mask, softmax and hooks are one method.
+
+Hugging Face's module does all that the model does. Where the bridge's own attention does something
+else, `observe.attention_path` finds out; a module that hides keys by a rule of its own is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from secondary_sinks.errors import ModelError
+from secondary_sinks.host.sites import describe
+from secondary_sinks.host.temporary import exchanged
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention is computed from, in one layer."""
+
+    query: Float[Tensor, "batch head token d_head"]
+    """Positions are applied already, to keys as well."""
+    key: Float[Tensor, "batch kv_head token d_head"]
+    value: Float[Tensor, "batch kv_head token d_head"]
+    scale: float
+    window: int | None = None
+    """How many keys a query sees, itself included; None: all."""
+    softcap: float | None = None
+    """Scores s become `softcap * tanh(s / softcap)`."""
+    sink_logits: Float[Tensor, "head"] | None = None
+    """A learned logit a head that joins each softmax."""
+    alibi: Float[Tensor, "batch head key"] | None = None
+    """Added to the scores of each key. It grows with the key's position, where ALiBi falls with the
+    distance from the query: what a query adds to all its scores, softmax takes out again."""
+    visible: Bool[Tensor, "query key"] | None = None
+    """Which keys the host's own mask shows to the queries that `replaced_attention` was asked to
+    look up; None where nothing was asked, or where the host builds its mask in another way."""
+
+    def logits(
+        self, products: Float[Tensor, "head query key"], keys: slice
+    ) -> Float[Tensor, "head query key"]:
+        """Logits, in float32 and unmasked, of products of queries with the keys at `keys`.
+
+        For one text; what the softmax is taken of, but for `sink_logits`.
+        """
+        logits = products * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.alibi is not None:
+            logits = logits + self.alibi[0, :, None, keys].float()
+        return logits
+
+    def zero_output(self) -> Float[Tensor, "batch token head d_value"]:
+        """Zeros in the shape of what the heads put out."""
+        n_batch, n_heads, n_tokens, _ = self.query.shape
+        return self.query.new_zeros(n_batch, n_tokens, n_heads, self.value.shape[-1])
+
+    def of_text(self, row: int, n_tokens: int) -> AttentionInputs:
+        """Those of one text of the batch, without its padding."""
+        query, key, value = (
+            one[row : row + 1, :, :n_tokens] for one in (self.query, self.key, self.value)
+        )
+        alibi = None if self.alibi is None else self.alibi[row : row + 1, :, :n_tokens]
+        return replace(self, query=query, key=key, value=value, alibi=alibi)
+
+
+Attend = Callable[[int, AttentionInputs], Tensor]
+
+_HOST = "transformer_lens."  # how the names of the host's modules begin
+
+
+@contextmanager
+def replaced_attention(
+    model: Any, attend: Attend, *, look_up: Sequence[int] = ()
+) -> Iterator[None]:
+    """Within the context every layer's attention is what `attend` makes of its inputs.
+
+    Masks are left to `attend`, which knows of padding and of no more than `AttentionInputs` says.
+    At the end the model is as it was, also after an error.
+
+    Args:
+        model: a `TransformerBridge`.
+        attend: computes the attention of one layer.
+        look_up: indices of queries for which `AttentionInputs.visible` says what the mask shows
+            that the host would have used itself; padding is not in it.
+
+    Raises:
+        ModelError: the model's attention cannot be replaced; the message says why.
+    """
+    layers = list(enumerate(_attention_bridges(model)))
+    with ExitStack() as stack:
+        _register_with_hugging_face(model, stack, attend, dict(_modules_of(layers)), look_up)
+        for layer, component in layers:
+            owner, name, function = _replacement(layer, component, attend)
+            if "forward" in vars(component) or name in vars(owner):
+                raise ModelError("its attention has been exchanged already")
+            stack.enter_context(exchanged(owner, name, function))
+        yield
+
+
+def sliding_windows(model: Any) -> set[int]:
+    """Widths within which some layer may look back, as far as the configuration tells."""
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    owners = [getattr(c, "original_component", None) for c in _attention_bridges(model)]
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    if set(getattr(config, "layer_types", None) or [""]) != {"full_attention"}:
+        owners.append(config)  # otherwise it may name a width that no layer has
+    values = [getattr(owner, name, None) for owner in owners for name in names]
+    return {value for value in values if isinstance(value, int) and value > 0}
+
+
+def has_module_hooks(model: Any) -> bool:
+    """Whether ordinary PyTorch hooks of attention modules would see something else.
+
+    Those of the libraries themselves do not count. Once somebody has asked transformers for hidden
+    states, each module has one for good, which looks only while it is asked again; and where a
+    model scales what attention adds (Granite), the bridge's `hook_attn_out` is fired by one.
+    """
+    return any(
+        not getattr(hook, "__module__", "").startswith(("transformers.", _HOST))
+        for component in _attention_bridges(model)
+        for module in (component, component.original_component)
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
+def _attention_bridges(model: Any) -> list[Any]:
+    if describe(model).generation != "bridge":
+        raise ModelError(
+            f"{type(model).__name__} computes scores, mask, softmax and hooks of its attention in "
+            "one step, which leaves no place for another; load the model as a TransformerBridge"
+        )
+    components = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
+    if not components or any(
+        getattr(component, "original_component", None) is None for component in components
+    ):
+        raise ModelError("not every block of this model has attention")
+    return components
+
+
+def _modules_of(layers: list[tuple[int, Any]]) -> Iterator[tuple[int, int]]:
+    for layer, component in layers:
+        yield id(component.original_component), layer
+
+
+def _register_with_hugging_face(
+    model: Any,
+    stack: ExitStack,
+    attend: Attend,
+    layer_of: dict[int, int],
+    look_up: Sequence[int],
+) -> None:
+    """Register the attention function and its mask builder, and choose them in all configs."""
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ModelError("this transformers has no attention interface to stream with") from error
+
+    def attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None and not look_up:
+            raise ModelError("its attention hides keys by a rule of its own")
+        if key.shape[2] != query.shape[2]:
+            raise ModelError("its attention has keys that are no tokens")
+        inputs = AttentionInputs(
+            query=query,
+            key=key,
+            value=value,
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=sliding_window,
+            softcap=softcap,
+            sink_logits=s_aux,
+            visible=_visible(attention_mask),
+        )
+        return attend(layer_of[id(module)], inputs), None
+
+    name = f"secondary_sinks_{uuid.uuid4().hex}"
+    for interface, function in (
+        (AttentionInterface, attention),
+        (AttentionMaskInterface, _mask_builder(look_up)),
+    ):
+        interface.register(name, function)
+        stack.callback(interface._global_mapping.pop, name, None)
+    for config in _configs(model):
+        # The public property of this name would write to the parts of a config as well.
+        before = config._attn_implementation_internal
+        config._attn_implementation_internal = name
+        stack.callback(setattr, config, "_attn_implementation_internal", before)
+
+
+def _mask_builder(look_up: Sequence[int]) -> Callable[..., Tensor | None]:
+    """What Hugging Face's model calls for the mask of each kind of layer.
+
+    The model hands over its rule, a function of a query's and a key's index, which is asked about a
+    few queries; or nothing is built.
+    """
+
+    def build(*_: Any, **arguments: Any) -> Tensor | None:
+        shows = arguments.get("mask_function")
+        if not look_up or shows is None:
+            return None
+        first = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=arguments.get("device"))
+        queries = first + first.new_tensor(look_up)[:, None]
+        keys = first + torch.arange(arguments["kv_length"], device=first.device)
+        visible: Tensor = shows(first, first, queries, keys)
+        return visible
+
+    return build
+
+
+def _visible(mask: Tensor | None) -> Tensor | None:
+    """What `_mask_builder` made, without batch and head."""
+    return None if mask is None or mask.dtype != torch.bool else mask[0, 0]
+
+
+def _configs(model: Any) -> list[Any]:
+    found = [getattr(module, "config", None) for module in model.original_model.modules()]
+    configs = {id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}
+    return list(configs.values())
+
+
+def _replacement(layer: int, component: Any, attend: Attend) -> tuple[Any, str, Callable[..., Any]]:
+    """The one method of one attention component to exchange: its owner, its name and another."""
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    kind, module = type(component), component.original_component
+    if hasattr(kind, "_reconstruct_attention"):
+        if kind._reconstruct_attention in _steps_after_projection():
+            step = functools.partial(_joint, layer, component, attend)
+            return component, "_reconstruct_attention", step
+    elif issubclass(kind, AttentionBridge) and kind.forward.__module__.startswith(_HOST):
+        if hasattr(module, "_attn"):
+            return module, "_attn", functools.partial(_unregistered, layer, module, attend)
+        return component, "forward", functools.partial(AttentionBridge.forward, component)
+    raise ModelError(f"its attention ({kind.__name__}) is of a kind that nothing is known of")
+
+
+def _steps_after_projection() -> list[Callable[..., Any]]:
+    """The host's steps in whose place `_joint` can stand.
+
+    Falcon's with ALiBi is none of them: eager attention of transformers 5.23 adds it twice there.
+    """
+    from transformer_lens.model_bridge.generalized_components import (
+        BloomAttentionBridge,
+        JointQKVAttentionBridge,
+        JointQKVPositionEmbeddingsAttentionBridge,
+    )
+
+    kinds = (
+        JointQKVAttentionBridge,
+        JointQKVPositionEmbeddingsAttentionBridge,
+        BloomAttentionBridge,
+    )
+    return [kind._reconstruct_attention for kind in kinds]
+
+
+def _unregistered(
+    layer: int,
+    module: Any,
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """What a module that knows no attention functions does between positions and merged heads."""
+    is_local = getattr(module, "attention_type", None) == "local"
+    inputs = AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        scale=1 / getattr(module, "scale_attn", 1),
+        window=module.config.window_size if is_local else None,
+        visible=_visible(attention_mask),
+    )
+    return attend(layer, inputs).transpose(1, 2), None
+
+
+def _joint(
+    layer: int,
+    component: Any,
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """What a joint projection's bridge does after it: positions, attention, output projection."""
+    config, module = component.config, component.original_component
+    n_heads = int(config.n_heads)
+    n_kv_heads = int(getattr(config, "n_key_value_heads", None) or n_heads)
+    q, k, v, n_batch, n_tokens, d_head = component._reshape_qkv_to_heads(
+        q, k, v, n_heads, n_kv_heads
+    )
+    positions = arguments.get("position_embeddings")
+    if positions is not None and hasattr(component, "_apply_rotary_pos_emb"):
+        cos, sin = component._apply_position_embedding_hooks(positions)
+        q, k = component._apply_rotary_pos_emb(q, k, cos, sin)
+    scale = d_head**-0.5
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        scale /= layer + 1
+    window = getattr(getattr(module, "config", None), "sliding_window", None)
+    alibi = arguments.get("alibi")  # [batch * head, 1, key]
+    inputs = AttentionInputs(
+        query=q,
+        key=k,
+        value=v,
+        scale=scale,
+        window=window,
+        visible=_visible(arguments.get("attention_mask")),
+        alibi=None if alibi is None else alibi.view(n_batch, n_heads, -1),
+    )
+    output = attend(layer, inputs)
+    return component._apply_output_projection(output.reshape(n_batch, n_tokens, -1)), None

@@ -1,0 +1,97 @@
+"""The condition in which a model is measured.
+
+Raw weights or not, repeatable activations or not, the attention that it was trained with or not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secondary_sinks.errors import ModelError
+from secondary_sinks.host.memory import in_memory
+
+
+def refuse_dropout(model: Any, name: str) -> None:
+    """Raise `ModelError` if activations would be random: training mode with dropout or noise."""
+    if not isinstance(model, torch.nn.Module):
+        return
+    for part, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.training and module.p > 0:
+            raise ModelError(
+                f"{name!r} is in training mode with dropout ({part}), so its activations "
+                "are random; call model.eval() first"
+            )
+    # Attention dropout and router noise are applied by functions, which no module shows.
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    settings = config.to_dict() if config is not None else {}
+    for setting, value in settings.items():
+        random = "dropout" in setting or setting.endswith("_pdrop") or "jitter" in setting
+        if (
+            random
+            and isinstance(value, float)
+            and value > 0
+            and any(module.training for module in model.modules())
+        ):
+            raise ModelError(
+                f"{name!r} is in training mode with {setting}={value}, so its activations are "
+                "random; call model.eval() first"
+            )
+
+
+def warn_of_eager_alibi(hf: Any, name: str) -> None:
+    """Warn if a Falcon with ALiBi attends otherwise eagerly than it was trained to.
+
+    Transformers 5.23 adds its position bias twice in eager attention, which is the one that
+    TransformerLens needs, and once in its fast attention (SDPA). Both are run on a few tokens.
+    """
+    if hf.config.model_type != "falcon" or not hf.config.alibi:
+        return
+    tokens = torch.arange(8, device=next(hf.parameters()).device)[None]
+    before = hf.config._attn_implementation_internal
+    logits = []
+    try:
+        with torch.no_grad():
+            for attention in ("eager", "sdpa"):
+                hf.config._attn_implementation_internal = attention
+                logits.append(hf(tokens, use_cache=False).logits.float())
+    finally:
+        hf.config._attn_implementation_internal = before
+    eager, fast = logits
+    if (eager - fast).norm() > 0.01 * fast.norm():
+        warnings.warn(
+            f"{name} attends otherwise in transformers' eager attention, which TransformerLens "
+            "reads, than in its fast one (SDPA): the position bias is added twice. What is "
+            "measured is not what the model was trained to be.",
+            stacklevel=3,
+        )
+
+
+def processing(model: Any) -> tuple[str, ...]:
+    """What was done to the weights, as far as the host or the weights themselves tell."""
+    found = []
+    if getattr(model, "_weights_processed", False):
+        found.append("weights processed by TransformerLens")
+    if str(getattr(model.cfg, "normalization_type", "") or "").endswith("Pre"):
+        found.append("layer norms folded into the weights")
+    if _is_centered(model):
+        found.append("writing weights centered")
+    return tuple(found)
+
+
+def _is_centered(model: Any) -> bool:
+    """Whether every word's embedding has mean zero, which centering makes so and training never.
+
+    `HookedTransformer` keeps no record of centering, so the weights are asked.
+    """
+    embedding = getattr(model, "embed", None)
+    with in_memory(getattr(embedding, "original_component", embedding)):
+        weight = getattr(embedding, "W_E", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] < 2:
+            return False
+        rows = weight[:64].detach().float()
+    spread = rows.std(dim=1).clamp_min(1e-12)
+    return bool((rows.mean(dim=1).abs() / spread).max() < 1e-4) and bool((rows != 0).any())

@@ -1,0 +1,228 @@
+"""What would a token have been, had one of its activations been another?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from secondary_sinks.errors import InputError
+from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.text_input import Text
+from secondary_sinks.intervene.engine import Method, choose_engine, clean_run_for_rows
+from secondary_sinks.intervene.full_passes import TotalEffects, run_full
+from secondary_sinks.intervene.interventions import Intervention, Row, check_rows, rows_of
+from secondary_sinks.intervene.passes import MEMORY_BUDGET, beginnings, run_rows
+from secondary_sinks.intervene.rows import looked_at
+from secondary_sinks.sinks.selection import sink_map_of
+from secondary_sinks.sinks.sink_map import SinkMap
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class CounterfactualRows:
+    """The trajectories of edited tokens, one row for each intervention (or group of them)."""
+
+    rows: tuple[Row, ...]
+    sinks: SinkMap
+    """The clean text's sinks, whose primary, phases and thresholds judge the rows."""
+    alignment: Float[Tensor, "row layer"]
+    """Cosine of the edited token's residual with the clean primary's."""
+    centered_alignment: Float[Tensor, "row layer"]
+    """The same after the clean text's common component was taken off both."""
+    norm: Float[Tensor, "row layer"]
+    """Residual norm."""
+    centered_norm: Float[Tensor, "row layer"]
+    """Residual norm without the common component."""
+    is_sink: Bool[Tensor, "row layer"]
+    """Whether the edited token is a sink after each block, by the criterion that judged the clean
+    text."""
+    direct_score: Float[Tensor, "row layer head"]
+    """Sink score that the row's keys would draw from the clean queries, all else clean; NaN for the
+    last token."""
+    engine: str
+    """Which engine ran: "cached", "packed" or "full"."""
+    self_test: float | None
+    """Largest relative difference of that engine from a full pass in this model, measured before
+    its first use. Where "auto" had to run full passes, the smallest difference of the engines that
+    failed; None where no other was tried."""
+    totals: TotalEffects | None = field(default=None, repr=False)
+    """Effects on the rest of the text, with everything recomputed (`method="full"`)."""
+
+    @property
+    def positions(self) -> Int[Tensor, "row"]:
+        """The edited token of each row."""
+        return torch.tensor([row[0].position for row in self.rows])
+
+    @property
+    def lifetime(self) -> Int[Tensor, "row"]:
+        """Number of layers after which the edited token is a sink."""
+        return self.is_sink.sum(dim=1)
+
+    @property
+    def clean_lifetime(self) -> Int[Tensor, "row"]:
+        """The same of the unedited token."""
+        alive = dict.fromkeys(self.positions.tolist(), 0)
+        for sink in self.sinks.sinks:
+            if sink.position in alive:
+                alive[sink.position] += sink.lifetime
+        return torch.tensor([alive[position] for position in self.positions.tolist()])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        test = "" if self.self_test is None else f", self-test {self.self_test:.0e}"
+        gone = int(((self.lifetime == 0) & (self.clean_lifetime > 0)).sum())
+        made = int(((self.lifetime > 0) & (self.clean_lifetime == 0)).sum())
+        return (
+            f"CounterfactualRows({len(self)} rows, {self.engine} engine{test}: "
+            f"{gone} sinks removed, {made} made)"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each intervention: what was done, and what became of the token.
+
+        `norm` and `direct_score` are means over the layers of the primary phases (all layers where
+        there is none), `direct_score` over heads as well; `clean_...` are the unedited token's.
+        """
+        import pandas as pd
+
+        inside = self._inside_phases()
+        positions = self.positions
+        clean_norm = _required(self.sinks.norm)[:, positions].T
+        frame = pd.DataFrame(
+            {
+                "site": [" + ".join(one.site for one in row) for row in self.rows],
+                "layer": [row[0].layer for row in self.rows],
+                "position": positions.tolist(),
+                "token": [self.sinks.token_strings[p] for p in positions.tolist()],
+                "edit": [" + ".join(_spell(one) for one in row) for row in self.rows],
+                "lifetime": self.lifetime.tolist(),
+                "clean_lifetime": self.clean_lifetime.tolist(),
+                "norm": self.norm[:, inside].mean(dim=1).tolist(),
+                "clean_norm": clean_norm[:, inside].mean(dim=1).tolist(),
+                "alignment": self.alignment[:, inside].mean(dim=1).tolist(),
+                "direct_score": self.direct_score[:, inside].mean(dim=(1, 2)).tolist(),
+            }
+        )
+        if self.totals is not None:
+            frame["loss"] = self.totals.loss.tolist()
+            frame["kl"] = self.totals.kl.tolist()
+        return frame
+
+    def _inside_phases(self) -> list[int]:
+        inside = [layer for start, end in self.sinks.phases for layer in range(start, end)]
+        return inside or list(range(self.norm.shape[1]))
+
+
+def counterfactuals(
+    model: Any,
+    text: Text | SinkMap,
+    interventions: Sequence[Intervention | Sequence[Intervention]],
+    *,
+    method: Method = "auto",
+    sinks: SinkMap | None = None,
+    chat: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
+    fwd_hooks: Sequence[UserHook] = (),
+    progress: bool | None = None,
+) -> CounterfactualRows:
+    """Recompute single tokens of a text under interventions, hundreds in one forward pass.
+
+    For every intervention: the token's alignment, norm and whether it is a sink after each block,
+    and the direct sink score of every head. All of it is exact, and none of it is a statement on
+    later tokens: for those (the primary's new score, the loss, the output) run `method="full"`.
+
+    Args:
+        model: any TransformerLens model.
+        text: one text (see `detect_sinks`), or a sink map, whose tokens are taken.
+        interventions: one row each; a sequence in their place is several edits of one token that
+            happen together.
+        method: "cached" runs rows alone, over the kept queries, keys and values of the text, where
+            attention can be replaced (bridges only), and is the fastest on texts of any length;
+            "packed" puts rows behind the text in one pass; "full" runs a pass over the whole text
+            for each row, and adds total effects; "auto" takes the first of the three that a test of this model against the full pass, made once, finds right.
+        sinks: the text's sink map, if it is there already.
+        chat: the string goes through the chat template.
+        memory_budget: bytes that a pass with rows may take; decides how many rows share a pass,
+            and nothing else. What is kept of the text for cached rows comes on top (see
+            `docs/long_contexts.md`).
+        fwd_hooks: hooks of your own, in force in the clean run as well; rows are packed then.
+            Hooks that look at positions would not find the rows; "auto" sees it and runs full
+            passes.
+        progress: show a progress bar; None shows one for more than one pass.
+
+    Raises:
+        InputError: no interventions, an index out of range, an edit of the wrong shape, several
+            texts, or a sink map of another model, text or criterion.
+        ModelError: the model cannot be measured; or `method` is one of the fast engines and its
+            test fails.
+    """
+    if method not in get_args(Method):
+        raise InputError(f"no method {method!r}; use 'auto', 'cached', 'packed' or 'full'")
+    if method == "cached" and fwd_hooks:
+        raise InputError(f"{method} rows run without the text, where fwd_hooks cannot be trusted")
+    sinks = sink_map_of(model, text, sinks, chat=chat, fwd_hooks=fwd_hooks)
+    rows = rows_of(interventions)
+    check_rows(model, rows, sinks.n_tokens)
+    positions = [row[0].position for row in rows]
+    clean = clean_run_for_rows(
+        model,
+        sinks,
+        method,
+        positions=positions,
+        sites=looked_at(rows),
+        begin_at=beginnings(model, rows, sinks.n_tokens, memory_budget),
+        fwd_hooks=fwd_hooks,
+    )
+    engine, error = choose_engine(model, clean, method, positions, fwd_hooks)
+    totals = None
+    if engine == "full":
+        show = len(rows) > 1 if progress is None else progress
+        bar = tqdm(rows, desc="full passes", disable=not show)
+        states, totals = run_full(model, clean, bar, fwd_hooks=fwd_hooks)
+    else:
+        states = run_rows(
+            engine,
+            model,
+            clean,
+            rows,
+            memory_budget=memory_budget,
+            fwd_hooks=fwd_hooks,
+            progress=progress,
+        )
+    return CounterfactualRows(
+        rows=tuple(rows),
+        sinks=sinks,
+        alignment=states.alignment,
+        centered_alignment=states.centered_alignment,
+        norm=states.norm,
+        centered_norm=states.centered_norm,
+        is_sink=clean.judge(
+            states.centered_alignment, states.centered_norm, states.direct_score, positions
+        ),
+        direct_score=states.direct_score,
+        engine=engine,
+        self_test=error,
+        totals=totals,
+    )
+
+
+def _required(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise InputError("the sink map holds no measurements (it was read from a published record)")
+    return value
+
+
+def _spell(one: Intervention) -> str:
+    part = f" head {one.head}" if one.head is not None else ""
+    part += f" neuron {one.neuron}" if one.neuron is not None else ""
+    return f"{one.edit!r} at {one.site} {one.layer}{part}"

@@ -1,0 +1,85 @@
+"""An attribution as a picture: which layers a sink needs, and which of them writes it.
+
+Two heat maps side by side, one row a sink and one column a layer. On the left, necessity: the share
+of the sink's length along the sink direction that is lost when that MLP's output at its token is
+zeroed; on the right, the
+direct write: what that MLP adds along the sink direction, over the residual's own projection after
+the onset (both beyond ordinary tokens). The writer is the cell that is dark in both, and outlined;
+feeders are dark on the left alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from secondary_sinks.analyses.attribution.attribution_result import MlpAttribution
+from secondary_sinks.errors import InputError
+from secondary_sinks.plots.sink_rows import SinkRows, outline
+from secondary_sinks.plots.style import add_panel, new_figure, styled
+
+_TOP, _BOTTOM, _GAP, _RIGHT, _BAR = 0.35, 0.45, 0.3, 0.15, 0.08  # inches
+
+
+def plot_mlp_attribution(attribution: MlpAttribution, *, cell: float = 0.11) -> Figure:
+    """Heat maps of necessity and of direct write, sinks by layers, with the writers outlined.
+
+    Args:
+        attribution: at most 60 sinks of it are drawn, from the first.
+        cell: width of a layer in inches.
+
+    Returns:
+        A matplotlib `Figure`.
+
+    Raises:
+        InputError: a `cell` that is not above 0.
+    """
+    if not cell > 0:
+        raise InputError(f"cell is {cell} inches; it must be above 0")
+    rows = SinkRows.of(attribution.sinks)
+    left = rows.label_width + 0.3
+    width, height = max(attribution.n_layers * cell, 1.9), max(rows.height, 0.5)
+    bars = _GAP + _BAR + 0.45
+    with styled():
+        figure = new_figure(left + 2 * (width + bars) + _RIGHT, _TOP + height + _BOTTOM)
+        panels = (
+            ("necessity: share of the sink lost", _length_lost(attribution), "Greys", 0.0),
+            ("direct write: share of the sink", _write_share(attribution), "RdGy_r", -1.0),
+        )
+        for number, (title, values, colors, least) in enumerate(panels):
+            x = left + number * (width + bars)
+            axes = add_panel(figure, x, _TOP, width, height)
+            image = axes.imshow(
+                values[: len(rows)],
+                aspect="auto",
+                cmap=colors,
+                vmin=least,
+                vmax=1,
+                interpolation="nearest",
+            )
+            axes.set_title(title)
+            axes.set_xlabel("layer of the MLP")
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+            rows.name(axes, shown=number == 0)
+            for row, sink in enumerate(attribution.sinks[: len(rows)]):
+                if sink.writer is not None:
+                    outline(axes, row, sink.writer, "secondary", "writer")
+            place = add_panel(figure, x + width + 0.1, _TOP, _BAR, height)
+            bar = figure.colorbar(image, cax=place, ticks=[least, 0, 1] if least else [0, 1])
+            bar.outline.set_linewidth(0.4)
+        rows.tell_left_out(figure)
+    return figure
+
+
+def _length_lost(attribution: MlpAttribution) -> np.ndarray:
+    clean = np.array([sink.length for sink in attribution.sinks])[:, None]
+    lost: np.ndarray = 1 - attribution.mlp_zero.length.numpy() / clean
+    return lost.clip(0, 1)
+
+
+def _write_share(attribution: MlpAttribution) -> np.ndarray:
+    written = attribution.direct_write
+    whole = [written.excess_projection[i, s.onset] for i, s in enumerate(attribution.sinks)]
+    share: np.ndarray = written.excess.numpy() / np.array(whole)[:, None]
+    return share.clip(-1, 1)

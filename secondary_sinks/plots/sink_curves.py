@@ -1,0 +1,161 @@
+"""The lower half of a sink map: what sinks and ordinary tokens do from layer to layer.
+
+Two panels, each with one curve for every sink and a gray band for the ordinary tokens: attention
+drawn (the sink score, averaged over heads) and residual norm. The shading says where secondary
+sinks live. It stands one layer further right for attention, because the residual after block l is
+what block l + 1 attends to.
+
+These are measurements side by side. That the primary weakens *because of* the secondary sinks is
+shown by an intervention, not by this picture.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from torch import Tensor
+
+from secondary_sinks.plots.style import COLORS, SMALL, alive_spans
+from secondary_sinks.sinks.sink_map import SinkMap
+
+CURVES_HEIGHT = 1.5
+"""Height of a panel in inches."""
+
+_ROW = 0.16  # height of a row of the legend in inches
+_ALIVE = "#FBE6D8"  # a light tint of the color of secondary sinks
+
+
+def draw_scores(axes: Axes, sinks: SinkMap) -> None:
+    """Sink score of every sink by layer, averaged over heads; the layer is the attention's."""
+    axes.set_label("scores")
+    axes.set_title("attention drawn")
+    if sinks.sink_score is None:
+        return
+    score = _array(sinks.sink_score.float().mean(dim=1))
+    _draw_curves(axes, sinks, score, shift=1)
+    axes.set_ylabel("sink score")
+    shown = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
+    top = max((float(np.nanmax(values, initial=0.0)) for values in shown), default=0.0)
+    axes.set_ylim(0, top * 1.1 or 1.0)
+
+
+def draw_norms(axes: Axes, sinks: SinkMap) -> None:
+    """Residual norm of every sink by layer, logarithmic."""
+    axes.set_label("norms")
+    axes.set_title("size of the residual")
+    if sinks.norm is None:
+        return
+    axes.set_yscale("log")
+    _draw_curves(axes, sinks, _array(sinks.norm), shift=0)
+    axes.set_ylabel("norm of the residual")
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def legend_height(sinks: SinkMap, width: float) -> float:
+    """Height in inches of the legend in a figure of that width."""
+    entries = len(_handles(sinks))
+    return math.ceil(entries / _legend_columns(width)) * _ROW
+
+
+def draw_legend(figure: Figure, sinks: SinkMap, *, left: float, top: float) -> None:
+    """What the colors mean, in rows whose upper left corner stands at that place in inches."""
+    width, height = figure.get_size_inches()
+    handles = _handles(sinks)
+    if not handles:
+        return
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(left / width, 1 - top / height),
+        ncols=_legend_columns(width),
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.4,
+        columnspacing=1.4,
+        fontsize=SMALL,
+    )
+
+
+def _legend_columns(width: float) -> int:
+    return 5 if width >= 6 else 2
+
+
+def _handles(sinks: SinkMap) -> list[Line2D | Patch]:
+    present = [kind for kind in ("primary", "secondary", "noise") if _positions(sinks, kind)]
+    handles: list[Line2D | Patch] = [
+        Line2D([], [], color=COLORS[kind], linewidth=2, label=kind) for kind in present
+    ]
+    if sinks.norm is None:
+        return handles
+    if not sinks.primary:
+        label = f"token {sinks.primary_position} (no sink)"
+        handles.append(Line2D([], [], color=COLORS["primary"], linestyle=":", label=label))
+    label = "ordinary: median, 5-95 %"
+    handles.append(Line2D([], [], color=COLORS["ordinary"], linewidth=2, label=label))
+    if sinks.secondary:
+        handles.append(Patch(color=_ALIVE, label="secondary alive"))
+    return handles
+
+
+def _positions(sinks: SinkMap, kind: str) -> list[int]:
+    return sorted({sink.position for sink in sinks.sinks if sink.kind == kind})
+
+
+def _draw_curves(axes: Axes, sinks: SinkMap, values: np.ndarray, *, shift: int) -> None:
+    """Shading, band and curves of values [layer, token]."""
+    n_layers = values.shape[0]
+    layers = np.arange(n_layers)
+    alive = alive_spans(layer for sink in sinks.secondary for layer in sink.layers)
+    for start, end in alive:
+        first, last = start + shift - 0.5, min(end + shift, n_layers) - 0.5
+        if first < last:
+            axes.axvspan(first, last, color=_ALIVE, linewidth=0, zorder=0)
+    _draw_ordinary(axes, sinks, values)
+    for kind in ("noise", "secondary", "primary"):
+        own = _positions(sinks, kind)
+        for position in own:
+            axes.plot(
+                layers,
+                values[:, position],
+                color=COLORS[kind],
+                linewidth=1.6 if kind == "primary" else 0.8,
+                alpha=max(0.3, min(1.0, 6 / len(own))) if kind != "primary" else 1.0,
+                gid=f"{kind}-{position}",
+            )
+    if not sinks.primary:
+        color = COLORS["primary"]
+        axes.plot(layers, values[:, sinks.primary_position], color=color, linestyle=":")
+    axes.set(xlim=(-0.5, n_layers - 0.5), xlabel="layer")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+
+
+def _draw_ordinary(axes: Axes, sinks: SinkMap, values: np.ndarray) -> None:
+    """Median and 5-95 % band of the tokens that are no sinks."""
+    ordinary = np.ones(values.shape[1], dtype=bool)
+    ordinary[[sinks.primary_position, *(sink.position for sink in sinks.sinks)]] = False
+    rest = values[:, ordinary]
+    rest = rest[:, ~np.isnan(rest).any(axis=0)]
+    if rest.shape[1] == 0:
+        return
+    layers = np.arange(values.shape[0])
+    low, middle, high = np.quantile(rest, (0.05, 0.5, 0.95), axis=1)
+    color = COLORS["ordinary"]
+    axes.fill_between(layers, low, high, color=color, alpha=0.3, linewidth=0)
+    axes.plot(layers, middle, color=color, linewidth=1.0, gid="ordinary")
+
+
+def _short(value: float, _: object = None) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+
+
+def _array(values: Tensor) -> np.ndarray:
+    array: np.ndarray = values.detach().float().cpu().numpy()
+    return array

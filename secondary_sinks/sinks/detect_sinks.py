@@ -1,0 +1,197 @@
+"""Which tokens of a text are sinks, primary or secondary, from which layer, for how long?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from secondary_sinks.errors import InputError
+from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.text_input import Message, Text
+from secondary_sinks.observe.attention_path import AttentionChoice
+from secondary_sinks.observe.collectors import Collector, ResidualGeometry, SinkScores
+from secondary_sinks.observe.trace import Trace, TraceOptions, trace
+from secondary_sinks.sinks import criterion as evidence
+from secondary_sinks.sinks import published_criterion as reference
+from secondary_sinks.sinks.sink_map import SinkMap
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Criterion = Literal["evidence", "reference"]
+
+PREFIX = 4
+"""How many positions at the beginning of a text are considered for the primary sink."""
+
+
+class DetectOptions(TraceOptions, total=False):
+    """The keyword arguments of `detect_sinks`."""
+
+    criterion: Criterion
+    primary: int | None
+    min_alignment: float
+    min_norm_ratio: float
+    min_attention_ratio: float
+    min_primary_ratio: float
+    min_queries: int
+
+
+@overload
+def detect_sinks(
+    model: Any, text: str | list[Message], **options: Unpack[DetectOptions]
+) -> SinkMap: ...
+@overload
+def detect_sinks(
+    model: Any, text: list[str], **options: Unpack[DetectOptions]
+) -> list[SinkMap]: ...
+@overload
+def detect_sinks(
+    model: Any, text: Text, **options: Unpack[DetectOptions]
+) -> SinkMap | list[SinkMap]: ...
+def detect_sinks(
+    model: Any,
+    text: Text,
+    *,
+    criterion: Criterion = "evidence",
+    chat: bool = False,
+    prepend_bos: bool | None = None,
+    max_tokens: int | None = None,
+    attention_mask: Int[Tensor, "batch token"] | None = None,
+    primary: int | None = None,
+    batch_size: int = 1,
+    fwd_hooks: Sequence[UserHook] = (),
+    attention: AttentionChoice = "auto",
+    progress: bool | None = None,
+    **thresholds: float,
+) -> SinkMap | list[SinkMap]:
+    """Detect the primary and secondary attention sinks of each text in one forward pass.
+
+    `criterion="evidence"` asks for alignment with the primary sink (without what all tokens share),
+    for magnitude, and for attention actually drawn; see `secondary_sinks.sinks.criterion`.
+    `criterion="reference"` is the published detector (arXiv 2512.22213), bit for bit, which asks
+    for alignment alone; see `secondary_sinks.sinks.published_criterion` for where it goes wrong.
+
+    A detected sink is not evidence that the model needs it, nor of which module wrote it.
+
+    Args:
+        model: any TransformerLens model, with its own hooks or without.
+        text: a string, a list of strings, a conversation, token ids, or a list of token tensors.
+        criterion: which definition of a sink.
+        chat: wrap each string in the model's chat template.
+        prepend_bos: None keeps the tokenizer's own convention.
+        max_tokens: cut each text after this many tokens.
+        attention_mask: marks the padding of a padded token tensor.
+        primary: position of the primary sink; by default the one of the first 4 positions that
+            becomes a sink first, of those whose residuals grow about as large as the largest.
+        batch_size: texts in one forward pass.
+        fwd_hooks: further hooks for these passes, for example to intervene.
+        attention: "streaming" holds no pattern, so that texts of many thousand tokens fit; "eager"
+            is the host's own way; "auto" takes the better. See `trace`.
+        progress: show a progress bar; None shows one for several texts.
+        **thresholds: of the evidence criterion, see `secondary_sinks.sinks.criterion.DEFAULTS`.
+
+    Returns:
+        A `SinkMap` for one text, a list of them, in order, for several.
+
+    Raises:
+        InputError: unusable text or thresholds.
+        ModelError: a model whose activations cannot be measured; see `trace`.
+    """
+    if criterion not in ("evidence", "reference"):
+        raise InputError(f"no criterion {criterion!r}; use 'evidence' or 'reference'")
+    if criterion == "reference" and thresholds:
+        raise InputError(f"criterion='reference' has no threshold {sorted(thresholds)[0]!r}")
+    checked = evidence.check_thresholds(thresholds) if criterion == "evidence" else {}
+    if primary is not None:
+        if isinstance(primary, bool) or int(primary) != primary:
+            raise InputError(f"primary is {primary!r}; the position of a token is meant")
+        primary = int(primary)
+    collectors: list[Collector] = [
+        _geometry(criterion, primary),
+        # Every token that has a later query is judged; what is shown is hidden below min_queries.
+        SinkScores(min_queries=1, name="score"),
+    ]
+    traces = trace(
+        model,
+        text,
+        collectors,
+        chat=chat,
+        prepend_bos=prepend_bos,
+        max_tokens=max_tokens,
+        attention_mask=attention_mask,
+        batch_size=batch_size,
+        fwd_hooks=fwd_hooks,
+        attention=attention,
+        progress=progress,
+    )
+    if isinstance(traces, Trace):
+        return _sink_map(traces, criterion, primary, checked)
+    return [_sink_map(one, criterion, primary, checked) for one in traces]
+
+
+def _geometry(criterion: str, primary: int | None) -> ResidualGeometry:
+    final_norm = criterion == "reference"
+    if primary is not None:
+        return ResidualGeometry((primary,), final_norm=final_norm, name="geometry")
+    return ResidualGeometry(tuple(range(PREFIX)), final_norm=final_norm, name="geometry")
+
+
+def _sink_map(
+    found: Trace,
+    criterion: str,
+    primary: int | None,
+    thresholds: dict[str, float | int],
+) -> SinkMap:
+    geometry, score = found["geometry"], found["score"]
+    tokens = found.tokens.tolist()
+    min_queries = int((thresholds or evidence.DEFAULTS)["min_queries"])
+    hidden = torch.arange(len(tokens) - 1, -1, -1) < min_queries
+    shown = score.masked_fill(hidden, torch.nan)
+    if criterion == "reference":
+        detection = reference.detect(
+            geometry, score, tokens, found.token_strings, chat=found.chat, primary=primary
+        )
+    else:
+        detection = evidence.detect(
+            geometry, score, tokens, found.token_strings, primary=primary, thresholds=thresholds
+        )
+    return SinkMap(
+        tokens=found.tokens,
+        token_strings=found.token_strings,
+        n_tokens=len(tokens),
+        model=dataclasses.asdict(found.host) | {"attention": found.attention},
+        criterion=criterion,
+        thresholds=thresholds,
+        primary_position=detection.primary_position,
+        phases=detection.phases,
+        sinks=detection.sinks,
+        alignment=detection.alignment,
+        centered_alignment=detection.centered_alignment,
+        norm=geometry.norm,
+        centered_norm=geometry.centered_norm,
+        ordinary_norm=geometry.ordinary_norm,
+        ordinary_centered_norm=geometry.ordinary_centered_norm,
+        sink_score=shown,
+        attention_ratio=detection.attention_ratio,
+        notes=(*_notes(found, detection.phases), *detection.notes),
+    )
+
+
+def _notes(found: Trace, phases: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    if found.host.is_processed:
+        yield (
+            f"weights are not raw ({'; '.join(found.host.processing)}): norms and cosines differ "
+            "from those of the original model"
+        )
+    if not phases:
+        yield (
+            "no primary sink: no token at the beginning is massive, keeps its direction and draws "
+            f"attention. The text begins with {found.token_strings[0]!r}; if the model was not "
+            "trained with that token in front, pass prepend_bos=False (or True, if it was). If the "
+            "primary stands elsewhere, name its position with primary="
+        )

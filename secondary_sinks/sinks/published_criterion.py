@@ -1,0 +1,118 @@
+"""The published detector (arXiv 2512.22213), kept exactly as it is, for comparison.
+
+It looks at hidden states as Hugging Face reports them (the last one after the final norm) and asks
+for alignment alone:
+
+1. the primary is the candidate position (0, 1, 2 in a chat template, else 0, 1) with the largest
+   mean norm over layers;
+2. its layers begin after the largest rise of its norm and end before the largest fall thereafter;
+3. within those layers, every later token with |cos| > 0.9 to the primary is a sink in that layer;
+4. with n layers of L, a token is `secondary` if 4 < n < L - 15, `bos_sink` if n >= L - 15, and else
+   `noise`. Here `bos_sink` is called "primary".
+
+Known to fail where L is small (with 24 layers a secondary sink that lives 17 is called a BOS sink),
+where all tokens share a large component (nearly all pass), and where the primary has two phases
+(only the one behind the larger rise is seen). Layers need not be contiguous, and the sign of the
+cosine is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor
+
+from secondary_sinks.observe.collectors import Geometry
+from secondary_sinks.sinks.attention_baseline import AttentionBaseline
+from secondary_sinks.sinks.criterion import Detection
+from secondary_sinks.sinks.sink_map import Evidence, Kind, Sink
+
+CHAT_CANDIDATES = (0, 1, 2)
+PLAIN_CANDIDATES = (0, 1)
+MIN_COSINE = 0.9
+
+
+def detect(
+    geometry: Geometry,
+    score: Float[Tensor, "layer head token"],
+    tokens: list[int],
+    token_strings: tuple[str, ...],
+    *,
+    chat: bool,
+    primary: int | None = None,
+) -> Detection:
+    """Find the sinks of one text by the published rule; the arguments are those of
+    `evidence.detect`, with `chat` for whether the tokens came out of a chat template."""
+    allowed = (primary,) if primary is not None else CHAT_CANDIDATES if chat else PLAIN_CANDIDATES
+    rows = [row for row, p in enumerate(geometry.candidates) if p in allowed]
+    means = geometry.norm.mean(dim=0)[[geometry.candidates[row] for row in rows]]
+    index = rows[int(means.argmax())]
+    position = geometry.candidates[index]
+    start, end = clip_layers(geometry.norm[:, position])
+    cosine = geometry.alignment[index]
+    aligned = cosine.abs() > MIN_COSINE
+    aligned[:, : position + 1] = False
+    aligned[:, position] = True
+    aligned[:start] = False
+    aligned[end:] = False
+    n_layers = cosine.shape[0]
+    attention = AttentionBaseline.of(
+        score, position, ordinary=~aligned.any(dim=0), min_queries=8
+    ).ratio(score)
+    ratio = geometry.norm / geometry.ordinary_norm[:, None]
+    centered_ratio = geometry.centered_norm / geometry.ordinary_centered_norm[:, None]
+    seen = score.mean(dim=1)
+    sinks = []
+    for token in aligned.any(dim=0).nonzero().flatten().tolist():
+        layers = tuple(aligned[:, token].nonzero().flatten().tolist())
+        shown = [layer + 1 for layer in layers if layer + 1 < n_layers]
+        after = [
+            float(seen[layer + 1, token]) if layer + 1 < n_layers else math.nan for layer in layers
+        ]
+        evidence = Evidence(
+            alignment=tuple(cosine[list(layers), token].tolist()),
+            centered_alignment=tuple(
+                geometry.centered_alignment[index, list(layers), token].tolist()
+            ),
+            norm=tuple(geometry.norm[list(layers), token].tolist()),
+            norm_ratio=tuple(ratio[list(layers), token].tolist()),
+            centered_norm_ratio=tuple(centered_ratio[list(layers), token].tolist()),
+            sink_score=tuple(after),
+            attention_ratio=float(attention[shown, token].mean()) if shown else math.nan,
+            n_queries=len(tokens) - 1 - token,
+        )
+        kind = kind_of(len(layers), n_layers)
+        sinks.append(Sink(token, token_strings[token], tokens[token], kind, layers, evidence))
+    # The published records list the primary first, then the others as they are met layer by layer.
+    sinks.sort(key=lambda sink: (sink.position != position, sink.l_start, sink.position))
+    return Detection(
+        primary_position=position,
+        phases=((start, end),),
+        sinks=tuple(sinks),
+        alignment=cosine,
+        centered_alignment=geometry.centered_alignment[index],
+        attention_ratio=attention,
+    )
+
+
+def clip_layers(norm: Float[Tensor, "layer"]) -> tuple[int, int]:
+    """Layers [start, end) between the largest rise of `norm` and the largest fall after it.
+
+    Where the largest rise is the last step there is no fall after it (the published code fails
+    there); the run then goes to the end.
+    """
+    steps = norm[1:] - norm[:-1]
+    if len(steps) == 0:
+        return 0, len(norm)
+    start = int(steps.argmax()) + 1
+    if start == len(steps):
+        return start, len(norm)
+    return start, int(steps[start:].argmin()) + start + 1
+
+
+def kind_of(n_alive: int, n_layers: int) -> Kind:
+    """The published label of a token that is aligned in `n_alive` of `n_layers` layers."""
+    if n_alive >= n_layers - 15:
+        return "primary"
+    return "secondary" if n_alive > 4 else "noise"

@@ -1,0 +1,140 @@
+"""Read and write sink detections in the format of the reference implementation.
+
+One JSON record a line and text: `candidate_sinks` maps a position to its layers, token id and label
+(`bos_sink`, `secondary`, `noise`; older files say `cliff` for `secondary`), beside `sample_index`,
+`prompt_len`, `response_len` and `full_text_len`. The records hold no measurements, so the maps that
+are read have sinks but no arrays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from secondary_sinks.errors import InputError, LoadError
+from secondary_sinks.sinks.sink_map import Kind, Sink, SinkMap
+from secondary_sinks.storage import write_atomically
+
+_KIND_OF_LABEL: dict[str, Kind] = {
+    "bos_sink": "primary",
+    "secondary": "secondary",
+    "cliff": "secondary",
+    "noise": "noise",
+}
+_LABEL_OF_KIND: dict[Kind, str] = {
+    "primary": "bos_sink",
+    "secondary": "secondary",
+    "noise": "noise",
+}
+
+
+def read_reference(path: str | Path, *, tokenizer: Any = None) -> list[SinkMap]:
+    """Published detections as sink maps, ready for `sink_levels`.
+
+    Args:
+        path: a JSONL file of the reference implementation.
+        tokenizer: gives token ids their strings; without one a token reads as `#id`.
+
+    Raises:
+        LoadError: no such file, or one that cannot be read.
+        InputError: a line is not such a record; the line's number is in the message.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"cannot read {path}: {error}") from error
+    maps = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            maps.append(_map_of(json.loads(line), Path(path).stem, tokenizer))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise InputError(
+                f"{path}, line {number}: not a sink detection record "
+                f"({type(error).__name__}: {error})"
+            ) from error
+    return maps
+
+
+def write_reference(
+    path: str | Path,
+    maps: SinkMap | Sequence[SinkMap],
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+) -> Path:
+    """Write sink maps as records of the reference implementation.
+
+    What was read with `read_reference` is written back unchanged (but for `cliff`, which becomes
+    `secondary`). One token can be written with one set of layers only, so the lives of a token are
+    joined, and its label is that of the longest.
+
+    Args:
+        path: the JSONL file to write.
+        maps: sink maps, measured or read.
+        prompt_lengths: tokens of each text that are prompt, which a sink map does not know; by
+            default all of them.
+
+    Raises:
+        InputError: the file cannot be written, or `prompt_lengths` does not fit.
+    """
+    maps = [maps] if isinstance(maps, SinkMap) else list(maps)
+    if prompt_lengths is not None and len(prompt_lengths) != len(maps):
+        raise InputError(f"{len(prompt_lengths)} prompt lengths for {len(maps)} maps")
+    records = []
+    for index, sinks in enumerate(maps):
+        prompt = sinks.n_tokens if prompt_lengths is None else prompt_lengths[index]
+        rest = {
+            "sample_index": index,
+            "prompt_len": prompt,
+            "response_len": sinks.n_tokens - prompt,
+            "full_text_len": sinks.n_tokens,
+        }
+        records.append({"candidate_sinks": _candidates(sinks)} | (sinks.record or rest))
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    return write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _map_of(record: dict[str, Any], name: str, tokenizer: Any) -> SinkMap:
+    sinks = []
+    for position, found in record["candidate_sinks"].items():
+        token = int(found["token_id"])
+        string = f"#{token}" if tokenizer is None else str(tokenizer.decode([token]))
+        if found["sink_type"] not in _KIND_OF_LABEL:
+            raise ValueError(f"unknown sink_type {found['sink_type']!r}")
+        kind = _KIND_OF_LABEL[found["sink_type"]]
+        layers = tuple(int(layer) for layer in found["layer"])
+        if not layers:
+            raise ValueError(f"the sink at position {position} has no layers")
+        sinks.append(Sink(int(position), string, token, kind, layers))
+    first = sinks[0] if sinks else None
+    return SinkMap(
+        tokens=None,
+        token_strings=(),
+        n_tokens=int(record["full_text_len"]),
+        model={"name": name},
+        criterion="reference",
+        thresholds={},
+        primary_position=first.position if first else 0,
+        phases=((first.l_start, first.layers[-1] + 1),) if first else (),
+        sinks=tuple(sinks),
+        record={key: value for key, value in record.items() if key != "candidate_sinks"},
+    )
+
+
+def _candidates(sinks: SinkMap) -> dict[str, dict[str, Any]]:
+    lives: dict[int, list[Sink]] = {}
+    for sink in sinks.sinks:
+        lives.setdefault(sink.position, []).append(sink)
+    return {
+        str(position): {
+            "layer": sorted(layer for sink in own for layer in sink.layers),
+            "token_id": own[0].token_id,
+            "sink_type": _LABEL_OF_KIND[max(own, key=lambda sink: sink.lifetime).kind],
+        }
+        for position, own in lives.items()
+    }

@@ -1,0 +1,243 @@
+"""Which MLP wrote a sink: from three tests to one name, and that name against its controls.
+
+A secondary sink is a large vector along the sink direction that some MLP writes into a token's
+residual. Three tests ask which, and none of them suffices alone:
+
+* **direct write**: the part of the token's residual along the sink direction that each MLP (or
+  attention block, or the embedding) contributes. The parts add up to the residual's own. It is what
+  ordinary tokens also get from the same block that is no write of a *sink*, so the verdict looks at
+  what goes beyond their mean;
+* **necessity**: the sink is gone, or a fraction of itself, when that MLP's output at the token is
+  zeroed. The *feeders* pass this test as well: earlier layers that build the feature which the
+  writer reads;
+* **sufficiency**: the MLP's output at the token, put in the place of the same MLP's output at
+  ordinary tokens, makes sinks of them.
+
+`judge` puts them together. Everything here is arithmetic on small tensors; nothing touches a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from secondary_sinks.errors import InputError
+from secondary_sinks.sinks.direct_writes import DirectWrite
+from secondary_sinks.sinks.sink_map import Sink
+from secondary_sinks.statistics import (
+    bootstrap_interval,
+    percentile_among,
+    sign_flip_p_value,
+)
+
+MIN_TRANSPLANTS = 0.5
+
+"""Share of the transplants that must make a sink for a layer's output to count as sufficient."""
+
+MAX_LEFT = 0.25
+
+"""A layer is necessary if at most this share of the sink's length along the sink direction is left
+without it. "No sink at all" would ask too much: the thresholds of detection let a remnant a tenth
+as long as the sink pass for one in some layers."""
+
+CO_WRITER = 0.5
+
+"""An upstream layer without which the sink does not arise is a feeder if it writes less than this
+share of what the writer writes, and a co-writer otherwise."""
+
+ControlKind = Literal["writer", "other_layer", "random_direction", "same_token", "ordinary"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the three tests say together."""
+
+    writer: int | None
+    """The layer that passes all three; None where they disagree."""
+    candidate: int
+    """The layer that writes the largest part, whether or not it passes the others."""
+    feeders: tuple[int, ...]
+    co_writers: tuple[int, ...]
+    reason: str
+    """Why there is no writer; empty if there is one."""
+    write_share: float
+    """What the candidate writes, over the residual's projection after the onset layer; both beyond
+    the mean of ordinary tokens."""
+    runner_up: int | None
+    """The layer up to the onset that writes the second most."""
+    runner_up_share: float
+
+
+def judge(
+    write: Float[Tensor, "layer"],
+    projection: float,
+    lifetime_without: Int[Tensor, "layer"],
+    left: Float[Tensor, "layer"],
+    transplant_share: Float[Tensor, "layer"],
+    onset: int,
+) -> Verdict:
+    """Name the writer of one sink and its feeders.
+
+    The *writer* is the layer whose MLP, among those at or before the onset, (a) writes the largest
+    part along the sink direction, (b) is necessary: zeroing its output at the token leaves no sink,
+    or at most `MAX_LEFT` of its length along the sink direction, and (c) is sufficient:
+    `MIN_TRANSPLANTS` or more of the transplants of its output into ordinary tokens make a sink. If
+    the layer of (a) fails (b) or (c) there is no writer, and the reason says which failed.
+    *Feeders* are layers before the writer that are necessary and write less than `CO_WRITER` of
+    what the writer does; necessary ones that write more are *co-writers*.
+
+    Args:
+        write: what each MLP writes along the sink direction, beyond what ordinary tokens get.
+        projection: of the residual after the onset layer, beyond that of ordinary tokens.
+        lifetime_without: layers for which the token is a sink with that MLP's output zeroed.
+        left: share of the sink's length along the sink direction that is left then.
+        transplant_share: share of the transplants of that MLP's output that made a sink.
+        onset: first layer after which the token is a sink.
+    """
+    order = write[: onset + 1].argsort(descending=True).tolist()
+    candidate = order[0]
+    runner_up = order[1] if len(order) > 1 else None
+    necessary = ((lifetime_without == 0) | (left <= MAX_LEFT)).tolist()
+    reasons = []
+    if not write[candidate] > 0:
+        reasons.append("no MLP up to the onset writes along the sink direction")
+    if not necessary[candidate]:
+        reasons.append(
+            f"MLP {candidate} writes most, but without it the sink still lives "
+            f"{int(lifetime_without[candidate])} layers with {left[candidate]:.0%} of its length"
+        )
+    share = float(transplant_share[candidate])
+    if not share >= MIN_TRANSPLANTS:
+        reasons.append(
+            "there was no ordinary token to transplant into"
+            if math.isnan(share)
+            else f"MLP {candidate} writes most, but its output makes sinks of only {share:.0%} of "
+            "the tokens that it is transplanted into"
+        )
+    upstream = [layer for layer in range(candidate) if necessary[layer]] if not reasons else []
+    weak = {layer for layer in upstream if write[layer] < CO_WRITER * write[candidate]}
+    return Verdict(
+        writer=None if reasons else candidate,
+        candidate=candidate,
+        feeders=tuple(layer for layer in upstream if layer in weak),
+        co_writers=tuple(layer for layer in upstream if layer not in weak),
+        reason="; ".join(reasons),
+        write_share=float(write[candidate]) / projection,
+        runner_up=runner_up,
+        runner_up_share=math.nan if runner_up is None else float(write[runner_up]) / projection,
+    )
+
+
+class Control(NamedTuple):
+    """One row that the writer is compared with, or one of the writer's own (`kind="writer"`)."""
+
+    sink: int
+    """Index of the sink."""
+    test: str
+    """"necessity" or "sufficiency"."""
+    kind: ControlKind
+    layer: int
+    """The MLP that was ablated, or into whose output something was put."""
+    position: int
+    """The token whose trajectory was measured."""
+    source: int
+    """The token that the output came from; -1 where there is none."""
+    effect: float
+    """Length along the sink direction after the onset layer (centered norm times centered
+    alignment) that was lost (necessity) or gained (sufficiency)."""
+    at_once: bool
+    """Whether the token is a sink right after the edited block. One that becomes a sink later does
+    so by way of other blocks: a large random vector also holds some of what *they* read."""
+    lifetime: int
+    """Layers for which the token is a sink, with the intervention."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The candidate against its controls."""
+
+    necessity_percentile: float
+    """Percent of the controls that lose less than the sink does. Feeders are among the other layers
+    that are drawn, and lose as much."""
+    sufficiency_percentile: float
+    """Percent of the controls that gain less than the mean transplant does."""
+    transplant_interval: tuple[float, float]
+    """95 % bootstrap interval of the mean lifetime of the transplants."""
+    p_value: float
+    """Sign-flip p-value, one-sided: transplants against random directions of the same norm in the
+    same tokens. n pairs cannot give less than 2^-n."""
+
+
+def compare(controls: Sequence[Control], *, seed: int) -> Comparison:
+    """Set the candidate of one sink against its controls.
+
+    Args:
+        controls: the rows of that sink alone, its own included.
+        seed: of the bootstrap and of the permutations.
+    """
+    percentiles = {}
+    for test in ("necessity", "sufficiency"):
+        own = [c.effect for c in controls if c.test == test and c.kind == "writer"]
+        others = [c.effect for c in controls if c.test == test and c.kind != "writer"]
+        mean = sum(own) / len(own) if own else math.nan
+        percentiles[test] = percentile_among(mean, others)
+    moved = [c for c in controls if c.test == "sufficiency"]
+    own_at = {c.position: c for c in moved if c.kind == "writer"}
+    random_at = {c.position: c for c in moved if c.kind == "random_direction"}
+    both = [p for p in own_at if p in random_at]
+    differences = [own_at[p].effect - random_at[p].effect for p in both]
+    lifetimes = [float(c.lifetime) for c in own_at.values()]
+    return Comparison(
+        necessity_percentile=percentiles["necessity"],
+        sufficiency_percentile=percentiles["sufficiency"],
+        transplant_interval=bootstrap_interval(torch.tensor(lifetimes), seed=seed),
+        p_value=sign_flip_p_value(torch.tensor(differences), alternative="greater", seed=seed),
+    )
+
+
+def candidates(writes: DirectWrite, chosen: Sequence[Sink]) -> list[int]:
+    """The layer up to each sink's onset whose MLP writes the largest part along its direction,
+    beyond what ordinary tokens get."""
+    return [
+        int(writes.excess[index, : sink.l_start + 1].argmax()) for index, sink in enumerate(chosen)
+    ]
+
+
+def given_writers(
+    writers: int | Mapping[int, int],
+    chosen: Sequence[Sink],
+    n_layers: int,
+    *,
+    by: Literal["position", "onset"] = "position",
+) -> list[int]:
+    """The layers that the user named, one for each sink.
+
+    Args:
+        writers: one layer for all, or a mapping to layers.
+        chosen: the sinks.
+        n_layers: of the model.
+        by: what is mapped: positions where the sinks are of one text, onsets where they are of
+            several, in each of which a position is another token.
+
+    Raises:
+        InputError: a sink without a layer, or a layer out of range.
+    """
+    found = []
+    for sink in chosen:
+        key = sink.position if by == "position" else sink.l_start
+        if isinstance(writers, Mapping) and key not in writers:
+            raise InputError(
+                f"writers name no layer for {by} {key} ({sink!r}); they have those for "
+                f"{sorted(writers)}"
+            )
+        layer = writers[key] if isinstance(writers, Mapping) else writers
+        if not 0 <= layer < n_layers:
+            raise InputError(f"writer {layer} is out of range: there are {n_layers} layers, from 0")
+        found.append(int(layer))
+    return found

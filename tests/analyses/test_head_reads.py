@@ -1,0 +1,287 @@
+"""Which heads look at sinks: logits by hand in every family, planted sink heads, a real model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import secondary_sinks as ss
+from secondary_sinks.analyses.heads.head_reads_result import PARTS, Logits
+from secondary_sinks.planted.planted_model import planted_model, random_planted
+
+
+@functools.cache
+def planted(seed):
+    """A random planted model, its map of a text, and its heads."""
+    model = random_planted(seed)
+    host, tokens = model.load(), model.tokens(64)
+    sinks = ss.detect_sinks(host, tokens)
+    return model, sinks, ss.head_reads(host, sinks)
+
+
+@functools.cache
+def default():
+    model = planted_model()
+    host = model.load()
+    return host, ss.detect_sinks(host, model.tokens(64))
+
+
+def arranged(model, tokens):
+    """A map of a random model in which two tokens are said to be sinks."""
+    sinks = ss.detect_sinks(model, tokens)
+    some = (
+        ss.Sink(0, "", int(tokens[0]), "primary", (0, 1)),
+        ss.Sink(5, "", int(tokens[5]), "secondary", (1,)),
+    )
+    return dataclasses.replace(sinks, sinks=some, phases=((0, 3),), primary_position=0)
+
+
+def with_random_vectors(model, seed=1):
+    """Biases and the weights of norms drawn at random, so that none of them is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.original_model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def mean_logit(scores, position):
+    """By hand: of the later queries that see the key."""
+    column = scores[:, position + 1 :, position]
+    seen = column > -1e30
+    return (column * seen).sum(dim=1) / seen.sum(dim=1)
+
+
+def total(logits):
+    return sum(getattr(logits, name) for name in PARTS)
+
+
+def test_parts_of_logits_add_up_in_every_family(make_tiny, family, tokens_of):
+    model, tokens = with_random_vectors(make_tiny(family)), tokens_of(24)
+    found = ss.head_reads(model, arranged(model, tokens), n_matched=3)
+    assert found.error < 1e-5
+    assert found.notes == ()
+    _, cache = model.run_with_cache(tokens[None])
+    for layer in range(3):
+        scores = cache[f"blocks.{layer}.attn.hook_attn_scores"][0]
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
+        for index, sink in enumerate(found.sinks):
+            expected = mean_logit(scores, sink.position)
+            torch.testing.assert_close(
+                found.sink.logit[index, layer], expected, rtol=1e-4, atol=1e-5
+            )
+            ordinary = torch.stack([mean_logit(scores, p) for p in sink.matched]).mean(dim=0)
+            torch.testing.assert_close(
+                found.ordinary.logit[index, layer], ordinary, rtol=1e-4, atol=1e-5
+            )
+        rest = 1 - pattern.sum(dim=-1)
+        entropy = torch.special.entr(pattern).sum(-1) + torch.special.entr(rest.clamp(0, 1))
+        queries = [p for p in range(8, 24) if p not in (0, 5)]
+        torch.testing.assert_close(
+            found.entropy[layer], entropy[:, queries].mean(dim=1), rtol=1e-3, atol=1e-4
+        )
+    for logits in (found.sink, found.ordinary):
+        torch.testing.assert_close(total(logits), logits.logit, rtol=1e-4, atol=1e-5)
+    has_biases = family in ("gpt2", "neox", "qwen2", "gpt-oss")
+    assert bool(found.sink.query_bias.abs().max() > 0.01) == has_biases
+    assert bool(found.sink.key_bias.abs().max() > 0.01) == has_biases
+    assert bool(found.sink.rotation.abs().max() > 0.01) == (family != "gpt2")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "qwen2", "gpt-oss"])
+def test_parts_of_the_biases_are_those_that_vanish_with_them(make_tiny, tokens_of, family):
+    """Without biases what is left is content and rotation; the first layer reads the same text."""
+    tokens = tokens_of(24)
+    model = with_random_vectors(make_tiny(family))
+    before = ss.head_reads(model, arranged(model, tokens), n_matched=3)
+    with torch.no_grad():
+        for name, parameter in model.original_model.named_parameters():
+            names = ("q_proj.bias", "k_proj.bias", "query_key_value.bias", "c_attn.bias")
+            if name.endswith(names):
+                parameter.zero_()
+    for block in model.blocks:  # fused projections are split when the model is wrapped
+        for part in (block.attn.q, block.attn.k):
+            bias = getattr(part.original_component, "bias", None)
+            if bias is not None:
+                bias.data.zero_()
+    after = ss.head_reads(model, arranged(model, tokens), n_matched=3)
+    assert after.sink.query_bias.abs().max() == after.sink.key_bias.abs().max() == 0
+    assert after.sink.position.abs().max() == 0
+    for name in ("content", "rotation"):
+        torch.testing.assert_close(
+            getattr(after.sink, name)[:, 0], getattr(before.sink, name)[:, 0], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_a_cap_is_a_part_of_its_own(make_tiny, tokens_of):
+    model, tokens = make_tiny("gemma2"), tokens_of(24)
+    with torch.no_grad():
+        for layer in model.original_model.model.layers:
+            layer.self_attn.q_proj.weight *= 60
+    found = ss.head_reads(model, arranged(model, tokens), n_matched=3)
+    assert found.sink.cap.abs().max() > 1
+    assert found.sink.logit.abs().max() < 50
+    torch.testing.assert_close(total(found.sink), found.sink.logit, rtol=1e-3, atol=1e-3)
+
+
+def test_windows_hide_what_is_far_away(make_tiny, tokens_of):
+    """Only visible pairs count: the logits of a key do not depend on tokens beyond its window."""
+    model, tokens = make_tiny("mistral"), tokens_of(30)
+    sinks = arranged(model, tokens)
+    one = ss.head_reads(model, sinks)
+    other = tokens.clone()
+    other[20:] = tokens[20:].flip(0)
+    two = ss.head_reads(model, dataclasses.replace(sinks, tokens=other))
+    torch.testing.assert_close(one.sink.logit, two.sink.logit)
+    torch.testing.assert_close(one.sink.query_norm, two.sink.query_norm)
+    whole = make_tiny("llama")
+    sinks = arranged(whole, tokens)
+    one = ss.head_reads(whole, sinks)
+    two = ss.head_reads(whole, dataclasses.replace(sinks, tokens=other))
+    assert not torch.allclose(one.sink.logit, two.sink.logit, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seed", [1, 3, 5, 8])
+def test_sink_heads_are_the_planted_ones(seed):
+    """In every layer that shows sinks the first half of the heads, and no other, looks at them."""
+    model, sinks, found = planted(seed)
+    n = model.plan.n_sink_heads
+    assert len(found.sinks) == len({sink.position for sink in sinks.sinks})
+    for kind in ("primary", "secondary"):
+        beyond = found.of_kind(found.sink.logit - found.ordinary.logit, kind)
+        score = found.primary_score if kind == "primary" else found.secondary_score
+        shown = {layer for sink in found.sinks if sink.kind == kind for layer in sink.shown}
+        assert shown
+        for layer in range(found.n_layers):
+            if layer not in shown:
+                assert (score[layer] == 0).all()
+                assert beyond[layer].isnan().all()
+                continue
+            assert beyond[layer, :n].min() > 2
+            assert (beyond[layer, n:] < 2).all()
+        assert not found.reads(kind)[:, n:].any()
+    assert found.reads("primary")[:, :n].any()
+
+
+def test_factors_are_those_of_the_logit():
+    _, _, found = planted(3)
+    factors = found.sink
+    made = factors.key_norm * factors.query_norm * factors.cosine
+    # Means of products are no products of means, so only where queries are about alike.
+    one = found.reads("primary")
+    ratio = made[0][one] / factors.logit[0][one]
+    assert ratio.std() / ratio.mean() < 0.1
+
+
+def test_dormant_heads_see_small_values():
+    """All attention on the primary, whose values are planted to be small; then made large."""
+    host, sinks = default()
+
+    def enlarge(value, hook):
+        value = value.clone()
+        value[:, sinks.primary_position] = value[0].norm(dim=-1).max()
+        return value
+
+    look = ("blocks.3.attn.hook_pattern", lambda pattern, hook: _onto_first(pattern))
+    small = ss.head_reads(host, sinks, fwd_hooks=[look])
+    large = ss.head_reads(host, sinks, fwd_hooks=[look, ("blocks.3.attn.hook_v", enlarge)])
+    assert small.sink_attention[3].min() > 0.99
+    assert (small.dormant_share[3] == 1).all()
+    assert small.is_dormant[3].all()
+    assert small.value_seen[3].max() < 0.1
+    assert (large.dormant_share[3] == 0).all()
+    assert large.value_seen[3].min() > 1
+    assert small.entropy[3].max() < 0.01
+    assert (small.entropy <= small.uniform_entropy[:, None] + 1e-4).all()
+
+
+def _onto_first(pattern):
+    moved = torch.zeros_like(pattern)
+    moved[..., 0] = 1
+    return moved
+
+
+def test_roles_table_and_repr(tmp_path):
+    _, sinks, found = planted(3)
+    frame = found.to_frame()
+    assert len(frame) == found.n_layers * found.n_heads
+    assert set(frame.role) <= {"primary", "secondary", "both", "none"}
+    assert frame.role.tolist() == [
+        found.role(layer, head) for layer, head in zip(frame["layer"], frame["head"], strict=True)
+    ]
+    both = frame[frame.role == "both"]
+    assert (both.primary_score >= 0.1).all()
+    assert (both.secondary_score >= 0.1).all()
+    back = ss.HeadReads.load(found.save(tmp_path / "heads.safetensors"))
+    assert repr(back) == repr(found)
+    assert back.sinks == found.sinks
+    for entry in dataclasses.fields(Logits):
+        torch.testing.assert_close(
+            getattr(back.sink, entry.name), getattr(found.sink, entry.name), equal_nan=True
+        )
+    long = found.logits_frame()
+    assert len(long) == len(found.sinks) * len(frame)
+    assert set(long[long.shown].position) <= {sink.position for sink in sinks.sinks}
+    assert "role" in found._repr_html_()
+
+
+def test_seeds_and_a_choice_of_sinks():
+    host, sinks = default()
+    one, again, other = (ss.head_reads(host, sinks, n_matched=3, seed=s) for s in (1, 1, 2))
+    assert one.sinks == again.sinks
+    assert [s.matched for s in one.sinks] != [s.matched for s in other.sinks]
+    first = ss.head_reads(host, sinks, which=sinks.secondary[:1])
+    assert [s.position for s in first.sinks] == [0, sinks.secondary[0].position]
+
+
+def test_scores_that_somebody_edits_are_refused():
+    host, sinks = default()
+    lean = [("blocks.2.attn.hook_attn_scores", lambda scores, hook: 1.5 * scores)]
+    with pytest.raises(ss.ModelError, match="do not add up"):
+        ss.head_reads(host, sinks, fwd_hooks=lean)
+
+
+def test_bad_input():
+    host, sinks = default()
+    with pytest.raises(ss.InputError, match="n_matched is 0"):
+        ss.head_reads(host, sinks, n_matched=0)
+    stranger = dataclasses.replace(sinks.secondary[0], position=50)
+    with pytest.raises(ss.InputError, match="not a sink of this map"):
+        ss.head_reads(host, sinks, which=[stranger])
+    with pytest.raises(ss.InputError, match="no sinks in this text"):
+        ss.head_reads(host, dataclasses.replace(sinks, sinks=()))
+
+
+def test_qwen_queries_like_sinks_whatever_they_say(qwen):
+    """What draws attention to its secondary sinks is the bias of the queries."""
+    sinks = ss.detect_sinks(qwen, "The sea took the bridge.\n\nYou are alone.\n", chat=True)
+    found = ss.head_reads(qwen, sinks)
+    strongest = found.secondary_score.flatten().argsort(descending=True)[:10]
+
+    def beyond(name):
+        values = getattr(found.sink, name) - getattr(found.ordinary, name)
+        return found.of_kind(values, "secondary").flatten()[strongest]
+
+    assert (beyond("logit") > 3).all()
+    assert (beyond("query_bias") / beyond("logit")).median() > 0.8
+    assert found.of_kind(found.sink.value_norm, "secondary").flatten()[strongest].median() < 0.3
+    assert found.error < 1e-3
+
+
+@pytest.mark.parametrize("unmaskable", ["opt", "gptj"])
+def test_models_that_show_weights_have_attention_and_no_logits(tiny, tokens_of, unmaskable):
+    """In these the hook of the scores fires last, with what the pattern's fired with."""
+    model, tokens = tiny(unmaskable), tokens_of(24)
+    found = ss.head_reads(model, arranged(model, tokens), n_matched=3)
+    assert "no logits" in found.notes[0]
+    assert torch.isnan(found.sink.logit).all()
+    _, cache = model.run_with_cache(tokens[None])
+    for layer in range(3):
+        if layer in found.sinks[0].shown:
+            later = cache[f"blocks.{layer}.attn.hook_pattern"][0, :, 1:, 0].mean(dim=1)
+            torch.testing.assert_close(found.primary_score[layer], later, rtol=1e-3, atol=1e-4)
+    assert (found.entropy <= found.uniform_entropy[:, None] + 1e-4).all()
