@@ -70,7 +70,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=2, help="Cut each text.")] = MAX_TOKENS,
 ) -> None:
     """Sink levels of several models, one panel each."""
-    levels = [ss.sink_levels(ss.read_reference(path)) for path in published or []]
+    levels = [ss.sink_levels(ss.read_published(path)) for path in published or []]
     models = model or ([] if levels else ["qwen2.5-coder-0.5b", "smollm2-135m"])
     for name in models:
         bench = make_bench(name, texts, n_texts=n_texts, max_tokens=max_tokens)

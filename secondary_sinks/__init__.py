@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from secondary_sinks.observe.collectors import Collector as Collector
     from secondary_sinks.observe.collectors import MassiveActivations as MassiveActivations
     from secondary_sinks.observe.collectors import Norms as Norms
-    from secondary_sinks.observe.collectors import ResidualGeometry as ResidualGeometry
     from secondary_sinks.observe.collectors import ResidualNorms as ResidualNorms
     from secondary_sinks.observe.collectors import SinkScores as SinkScores
     from secondary_sinks.observe.collectors import sink_rate as sink_rate
     from secondary_sinks.observe.received_attention import ReceivedAttention as ReceivedAttention
+    from secondary_sinks.observe.residual_geometry import ResidualGeometry as ResidualGeometry
     from secondary_sinks.observe.trace import Trace as Trace
     from secondary_sinks.observe.trace import trace as trace
     from secondary_sinks.sinks.detect_sinks import detect_sinks as detect_sinks
-    from secondary_sinks.sinks.sink_map import Evidence as Evidence
-    from secondary_sinks.sinks.sink_map import Sink as Sink
+    from secondary_sinks.sinks.sink import Evidence as Evidence
+    from secondary_sinks.sinks.sink import Sink as Sink
     from secondary_sinks.sinks.sink_map import SinkMap as SinkMap
     from secondary_sinks.texts import BundledText as BundledText
     from secondary_sinks.texts import bundled_texts as bundled_texts
@@ -94,7 +94,7 @@ _HOME = {
     "Collector": "observe.collectors",
     "MassiveActivations": "observe.collectors",
     "Norms": "observe.collectors",
-    "ResidualGeometry": "observe.collectors",
+    "ResidualGeometry": "observe.residual_geometry",
     "ResidualNorms": "observe.collectors",
     "SinkScores": "observe.collectors",
     "sink_rate": "observe.collectors",
@@ -103,14 +103,14 @@ _HOME = {
     "ReceivedAttention": "observe.received_attention",
     "Trace": "observe.trace",
     "trace": "observe.trace",
-    "Evidence": "sinks.sink_map",
-    "Sink": "sinks.sink_map",
+    "Evidence": "sinks.sink",
+    "Sink": "sinks.sink",
     "SinkMap": "sinks.sink_map",
     "SinkLevels": "sinks.levels",
     "detect_sinks": "sinks.detect_sinks",
     "sink_levels": "sinks.levels",
-    "read_reference": "sinks.published_files",
-    "write_reference": "sinks.published_files",
+    "read_published": "sinks.published_files",
+    "write_published": "sinks.published_files",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -54,7 +54,7 @@ class Result:
         """
         tensors: dict[str, Tensor] = {}
         record = {
-            entry.name: _to_record(getattr(self, entry.name), entry.name, tensors)
+            entry.name: to_record(getattr(self, entry.name), entry.name, tensors)
             for entry in dataclasses.fields(self)  # type: ignore[arg-type]
         }
         return save_record(path, type(self).__name__, tensors, record)
@@ -68,7 +68,7 @@ class Result:
         """
         tensors, record = load_record(path, cls.__name__)
         try:
-            loaded: Self = _from_record(record, cls, tensors)
+            loaded: Self = from_record(record, cls, tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise LoadError(
                 f"{path} is no {cls.__name__} of this version ({type(error).__name__}: {error}); "
@@ -108,11 +108,11 @@ class Result:
         return self.to_frame()
 
 
-def _to_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def to_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON can hold it; tensors go into `tensors`, under the path of their field."""
 
     def inner(one: Any, key: object) -> Any:
-        return _to_record(one, f"{name}.{key}", tensors)
+        return to_record(one, f"{name}.{key}", tensors)
 
     if isinstance(value, Tensor):
         tensors[name] = value
@@ -131,13 +131,13 @@ def _to_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _from_record(value: Any, hint: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_to_record` was given; `hint` is its type, which says which dataclasses it holds."""
+def from_record(value: Any, hint: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `to_record` was given; `hint` is its type, which says which dataclasses it holds."""
     hint = _without_none(hint)
     of_items = get_args(hint) or (Any,)
 
     def inner(one: Any, hint: Any) -> Any:
-        return _from_record(one, hint, tensors)
+        return from_record(one, hint, tensors)
 
     if isinstance(value, list):
         return [inner(one, of_items[0]) for one in value]
@@ -165,3 +165,8 @@ def _without_none(hint: Any) -> Any:
         return hint
     kinds = [one for one in get_args(hint) if one is not type(None)]
     return kinds[0] if len(kinds) == 1 else Any
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: "no sinks", "1 sink", "3 sinks"."""
+    return f"{n or 'no'} {noun}{'' if n == 1 else 's'}"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from secondary_sinks.sinks.sink_map import Evidence, Sink, SinkMap
+from secondary_sinks.sinks.sink import Evidence, Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA_LIKE = SIZE | {
@@ -255,8 +256,8 @@ def _invented(
         centered_alignment=alignment,
         norm=norm,
         centered_norm=norm,
-        ordinary_norm=norm.median(dim=1).values,
-        ordinary_centered_norm=norm.median(dim=1).values,
+        background_norm=norm.median(dim=1).values,
+        background_centered_norm=norm.median(dim=1).values,
         sink_score=score,
         attention_ratio=ratio,
     )
@@ -273,13 +274,13 @@ def invented() -> Callable[..., SinkMap]:
 
 @pytest.fixture
 def published() -> SinkMap:
-    """A map as `read_reference` makes it: sinks, no arrays; one lives in separate layers."""
+    """A map as `read_published` makes it: sinks, no arrays; one lives in separate layers."""
     return SinkMap(
         tokens=None,
         token_strings=(),
         n_tokens=1390,
         model={"name": "published"},
-        criterion="reference",
+        criterion="published",
         thresholds={},
         primary_position=0,
         phases=((6, 35),),

@@ -7,8 +7,9 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import secondary_sinks as ss
+from secondary_sinks.host.forward import forward
 from secondary_sinks.host.mlp import mlp_of, run_mlp
-from secondary_sinks.host.sites import Site, forward, missing_sites
+from secondary_sinks.host.sites import Site, missing_sites
 from secondary_sinks.planted.planted_model import planted_model
 
 SETTINGS = {

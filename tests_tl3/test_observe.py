@@ -8,7 +8,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import secondary_sinks as ss
 from secondary_sinks.host.identity import check_residual_identity
-from secondary_sinks.host.sites import describe
+from secondary_sinks.host.model_info import describe
 from secondary_sinks.planted.planted_model import random_planted
 
 COLLECTORS = [

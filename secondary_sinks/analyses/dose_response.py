@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secondary_sinks.analyses.attribution.attribution_rows import Target
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.counterfactuals import CounterfactualRows, counterfactuals
 from secondary_sinks.intervene.edits import Scale, Zero
@@ -24,7 +24,8 @@ from secondary_sinks.observe.collectors import Norms
 from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.selection import has_sink, sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.statistics import Correlation, spearman
 
 if TYPE_CHECKING:

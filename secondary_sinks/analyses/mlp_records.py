@@ -16,8 +16,9 @@ from torch import Tensor
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.mlp import Mlp, mlp_of, run_mlp
+from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.precision import tolerance
-from secondary_sinks.host.sites import UserHook, describe
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.sinks.sink_map import SinkMap

@@ -20,14 +20,16 @@ from secondary_sinks.analyses.attribution.attribution_rows import Target
 from secondary_sinks.analyses.mlp_records import record_mlps
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.mlp import run_mlp
-from secondary_sinks.host.sites import UserHook, describe
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.detect_sinks import detect_sinks
 from secondary_sinks.sinks.direct_writes import direct_writes
 from secondary_sinks.sinks.selection import sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.sinks.writers import candidates
 
 if TYPE_CHECKING:

@@ -19,12 +19,13 @@ from torch import Tensor
 from secondary_sinks.analyses.attribution.attribution_rows import Target
 from secondary_sinks.analyses.mlp_records import MlpRecord, record_mlps
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.direct_writes import direct_writes
 from secondary_sinks.sinks.selection import chosen_sinks, sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.sinks.writers import candidates, given_writers
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from secondary_sinks.analyses.attribution.attribution_rows import Target
 from secondary_sinks.analyses.mlp_records import MlpRecord, record_mlps
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.mlp import need_neurons
+from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.precision import tolerance
-from secondary_sinks.host.sites import UserHook, describe
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.counterfactuals import CounterfactualRows, counterfactuals
@@ -32,7 +33,8 @@ from secondary_sinks.intervene.interventions import Intervention
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.direct_writes import direct_writes, sink_directions
 from secondary_sinks.sinks.selection import chosen_sinks, sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.sinks.writers import candidates, given_writers
 
 if TYPE_CHECKING:

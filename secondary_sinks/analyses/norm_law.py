@@ -27,13 +27,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.corpus import Found, distinct_sinks, listed, repeats_note
 from secondary_sinks.sinks.direct_writes import direct_writes
 from secondary_sinks.sinks.selection import sink_maps_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.sinks.writers import candidates, given_writers
 from secondary_sinks.statistics import Correlation, grouped_interval, grouped_spearman
 

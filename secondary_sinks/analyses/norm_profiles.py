@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.observe.collectors import Norms, ResidualNorms
 from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.selection import sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 if TYPE_CHECKING:
     import pandas as pd

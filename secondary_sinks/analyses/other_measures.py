@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.observe.collectors import (
     Collector,
@@ -105,7 +105,7 @@ def other_measures(
     traced = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
     reference = cast(
         SinkMap,
-        detect_sinks(model, tokens, criterion="reference", chat=chat, fwd_hooks=fwd_hooks),
+        detect_sinks(model, tokens, criterion="published", chat=chat, fwd_hooks=fwd_hooks),
     )
     massive = cast(MassiveActivation, traced["MassiveActivations"])
     is_massive = massive.is_massive(min_value=min_value, min_ratio=min_ratio)

@@ -24,7 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import Editor, Site, UserHook, describe, forward
+from secondary_sinks.host.forward import Editor, forward
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import Site
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import Replace
@@ -406,7 +409,7 @@ class PatchResult(Result):
     """
 
     model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.HostInfo`)."""
+    """Name, generation, depth and weight processing of the model (`host.sites.ModelInfo`)."""
     sites: tuple[str, ...]
     layers: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...]

@@ -26,7 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import Editor, Site, UserHook, describe, forward
+from secondary_sinks.host.forward import Editor, forward
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import Site
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.counterfactuals import counterfactuals
@@ -36,7 +39,8 @@ from secondary_sinks.intervene.rows import Place, edit_hooks
 from secondary_sinks.intervene.whole_text import MEMORY_BUDGET, texts_per_pass
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.selection import sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -254,7 +258,7 @@ class PathEffect(Result):
     """
 
     model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.HostInfo`)."""
+    """Name, generation, depth and weight processing of the model (`host.sites.ModelInfo`)."""
     token: str
     position: int
     writer: int

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import Edit, Resample, Zero
@@ -43,7 +43,8 @@ from secondary_sinks.intervene.whole_text import (
 )
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.selection import sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -260,7 +261,7 @@ class SinkRemoval(Result):
     """
 
     model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.HostInfo`)."""
+    """Name, generation, depth and weight processing of the model (`host.sites.ModelInfo`)."""
     token_strings: tuple[str, ...]
     primary_position: int
     sinks: tuple[Sink, ...]

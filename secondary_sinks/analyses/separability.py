@@ -31,7 +31,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import Site, UserHook, missing_sites
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import Site, missing_sites
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.observe.vectors import ChosenVectors

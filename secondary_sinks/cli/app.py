@@ -165,7 +165,7 @@ def detect(
         loaded, sources, chat=chat, batch_size=batch_size, folder=folder, options=options
     )
     from secondary_sinks.cli.table import sink_report
-    from secondary_sinks.sinks.published_files import write_reference
+    from secondary_sinks.sinks.published_files import write_published
 
     maps, lengths = [], []
     for source, sinks, length in found:
@@ -183,7 +183,7 @@ def detect(
             write_texts(folder, maps, names)
             write_levels(folder, [_levels_of(maps)])
         if folder is not None and criterion is Criterion.reference:
-            write_reference(folder / "sink_detection.jsonl", maps, prompt_lengths=lengths)
+            write_published(folder / "sink_detection.jsonl", maps, prompt_lengths=lengths)
     say_written(folder)
 
 

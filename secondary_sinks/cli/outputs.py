@@ -113,7 +113,7 @@ def without_arrays(sinks: SinkMap) -> SinkMap:
         norm=None,
         centered_norm=None,
         ordinary_norm=None,
-        ordinary_centered_norm=None,
+        background_centered_norm=None,
         sink_score=None,
         attention_ratio=None,
     )
@@ -126,7 +126,7 @@ def read_maps(files: Sequence[Path]) -> dict[str, list[SinkMap]]:
         LoadError: a file cannot be read or is no sink map.
         InputError: an ending that says neither, a line that is no record, or no maps at all.
     """
-    from secondary_sinks.sinks.published_files import read_reference
+    from secondary_sinks.sinks.published_files import read_published
     from secondary_sinks.sinks.sink_map import SinkMap
 
     found: dict[str, list[SinkMap]] = {}
@@ -135,7 +135,7 @@ def read_maps(files: Sequence[Path]) -> dict[str, list[SinkMap]]:
             raise InputError(
                 f"{path} is neither a saved sink map (.safetensors) nor reference records (.jsonl)"
             )
-        maps = read_reference(path) if path.suffix == ".jsonl" else [SinkMap.load(path)]
+        maps = read_published(path) if path.suffix == ".jsonl" else [SinkMap.load(path)]
         for sinks in maps:
             own = found.setdefault(str(sinks.model.get("name", "?")), [])
             own.append(without_arrays(sinks))

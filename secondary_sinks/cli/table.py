@@ -19,7 +19,8 @@ from rich.text import Text
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.style import COLORS, alive_spans, visible
 from secondary_sinks.sinks.levels import SinkLevels
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 
 def sink_table(sinks: SinkMap, *, max_rows: int = 60) -> Table:

@@ -40,7 +40,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.host.sites import describe
+from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.temporary import exchanged
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.host.sites import describe
+from secondary_sinks.host.model_info import describe
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secondary_sinks.host.forward import forward
 from secondary_sinks.host.identity import hooks_aside
-from secondary_sinks.host.sites import forward
 from secondary_sinks.host.temporary import exchanged
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.host.sites import Observer, Site, describe, observe
+from secondary_sinks.host.forward import Observer, observe
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.sites import Site
 
 _identity_checked: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 

@@ -31,3 +31,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )
+
+
+def input_device(model: Any) -> torch.device:
+    """The device on which the model takes its tokens."""
+    parameters = getattr(model, "parameters", None)
+    if parameters is None:
+        return torch.device("cpu")
+    return next((p.device for p in parameters() if p.device.type != "meta"), torch.device("cpu"))

@@ -28,10 +28,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
+from secondary_sinks.host.forward import observe
 from secondary_sinks.host.identity import hooks_aside
+from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.norm_map import NormMap
 from secondary_sinks.host.precision import tolerance
-from secondary_sinks.host.sites import SITE_HOOKS, Site, describe, missing_sites, observe
+from secondary_sinks.host.sites import SITE_HOOKS, Site, missing_sites
 
 MlpKind = Literal["gated", "plain", "experts"]
 

@@ -24,8 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secondary_sinks.host.forward import fired
 from secondary_sinks.host.identity import hooks_aside
-from secondary_sinks.host.sites import Site, describe, fired
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.sites import Site
 
 Rotation = Literal["none", "read", "made", "unknown"]
 Pairing = Literal["", "halves", "doubled halves", "neighbors", "repeated neighbors"]

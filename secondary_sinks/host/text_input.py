@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import describe
+from secondary_sinks.host.model_info import describe
 
 Message: TypeAlias = dict[str, str]
 Conversation: TypeAlias = "Sequence[Message]"

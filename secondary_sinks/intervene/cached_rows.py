@@ -32,8 +32,10 @@ from torch import Tensor
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.attention_replaced import replaced_attention
 from secondary_sinks.host.blocks import skipping
+from secondary_sinks.host.forward import Editor, forward
+from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.precision import tolerance
-from secondary_sinks.host.sites import Editor, Site, describe, forward
+from secondary_sinks.host.sites import Site
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.intervene.row_attention import RowAttention

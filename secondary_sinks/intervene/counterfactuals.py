@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,14 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import UserHook
-from secondary_sinks.host.text_input import Text
+from secondary_sinks.host.protocol import Model, UserHook
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.intervene.engine import Method, choose_engine, clean_run_for_rows
 from secondary_sinks.intervene.full_passes import TotalEffects, run_full
 from secondary_sinks.intervene.interventions import Intervention, Row, check_rows, rows_of
 from secondary_sinks.intervene.passes import MEMORY_BUDGET, beginnings, run_rows
 from secondary_sinks.intervene.rows import looked_at
-from secondary_sinks.sinks.selection import sink_map_of
+from secondary_sinks.sinks.selection import check_map
 from secondary_sinks.sinks.sink_map import SinkMap
 
 if TYPE_CHECKING:
@@ -47,14 +47,19 @@ class CounterfactualRows:
     direct_score: Float[Tensor, "row layer head"]
     """Sink score that the row's keys would draw from the clean queries, all else clean; NaN for the
     last token."""
-    engine: str
-    """Which engine ran: "cached", "packed" or "full"."""
+    provenance: Provenance
+    """With the engine that ran."""
     self_test: float | None
     """Largest relative difference of that engine from a full pass in this model, measured before
     its first use. Where "auto" had to run full passes, the smallest difference of the engines that
     failed; None where no other was tried."""
     totals: TotalEffects | None = field(default=None, repr=False)
     """Effects on the rest of the text, with everything recomputed (`method="full"`)."""
+
+    @property
+    def engine(self) -> str:
+        """Which engine ran: "cached", "packed" or "full"."""
+        return str(self.provenance.engine)
 
     @property
     def positions(self) -> Int[Tensor, "row"]:
@@ -124,63 +129,67 @@ class CounterfactualRows:
 
 
 def counterfactuals(
-    model: Any,
-    text: Text | SinkMap,
+    model: Model,
+    sink_map: SinkMap,
     interventions: Sequence[Intervention | Sequence[Intervention]],
     *,
     method: Method = "auto",
-    sinks: SinkMap | None = None,
-    chat: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     fwd_hooks: Sequence[UserHook] = (),
     progress: bool | None = None,
 ) -> CounterfactualRows:
-    """Recompute single tokens of a text under interventions, hundreds in one forward pass.
+    """What would a token have been, had one of its activations been different?
 
-    For every intervention: the token's alignment, norm and whether it is a sink after each block,
-    and the direct sink score of every head. All of it is exact, and none of it is a statement on
-    later tokens: for those (the primary's new score, the loss, the output) run `method="full"`.
+    Recomputes single tokens of a text under interventions, hundreds in one forward pass. For every
+    intervention: the token's alignment, norm and whether it is a sink after each block, and the
+    direct sink score of every head.
+
+    >>> edit = Intervention("mlp_out", layer=5, position=3, edit=Zero())
+    >>> counterfactuals(model, sink_map, [edit]).to_frame()
+
+    All of it is exact. Not evidence for: effects on later tokens (the primary's new score, the
+    loss, the output); for those run `method="full"`.
 
     Args:
         model: any TransformerLens model.
-        text: one text (see `detect_sinks`), or a sink map, whose tokens are taken.
-        interventions: one row each; a sequence in their place is several edits of one token that
-            happen together.
+        sink_map: from `detect_sinks` in this model; its tokens are run, and its criterion judges
+            the rows.
+        interventions: one row each; a sequence of them is several edits of one token that happen
+            together.
         method: "cached" runs rows alone, over the kept queries, keys and values of the text, where
             attention can be replaced (bridges only), and is the fastest on texts of any length;
             "packed" puts rows behind the text in one pass; "full" runs a pass over the whole text
-            for each row, and adds total effects; "auto" takes the first of the three that a test of this model against the full pass, made once, finds right.
-        sinks: the text's sink map, if it is there already.
-        chat: the string goes through the chat template.
+            for each row, and adds total effects; "auto" takes the first of the three that a test
+            of this model against the full pass, made once, finds right.
         memory_budget: bytes that a pass with rows may take; decides how many rows share a pass,
             and nothing else. What is kept of the text for cached rows comes on top (see
             `docs/long_contexts.md`).
-        fwd_hooks: hooks of your own, in force in the clean run as well; rows are packed then.
-            Hooks that look at positions would not find the rows; "auto" sees it and runs full
+        fwd_hooks: the hooks with which the map was made, in force here as well; rows are packed
+            then. Hooks that look at positions would not find the rows; "auto" notices and runs full
             passes.
         progress: show a progress bar; None shows one for more than one pass.
 
     Raises:
-        InputError: no interventions, an index out of range, an edit of the wrong shape, several
-            texts, or a sink map of another model, text or criterion.
+        InputError: no interventions, an index out of range, an edit that returns the wrong shape,
+            or a sink map that does not belong to this model (`sinks.selection.check_map`).
         ModelError: the model cannot be measured; or `method` is one of the fast engines and its
             test fails.
     """
     if method not in get_args(Method):
         raise InputError(f"no method {method!r}; use 'auto', 'cached', 'packed' or 'full'")
     if method == "cached" and fwd_hooks:
-        raise InputError(f"{method} rows run without the text, where fwd_hooks cannot be trusted")
-    sinks = sink_map_of(model, text, sinks, chat=chat, fwd_hooks=fwd_hooks)
+        raise InputError("cached rows run without the text, where fwd_hooks cannot be trusted")
+    check_map(model, sink_map, fwd_hooks=fwd_hooks)
     rows = rows_of(interventions)
-    check_rows(model, rows, sinks.n_tokens)
+    check_rows(model, rows, sink_map.n_tokens)
     positions = [row[0].position for row in rows]
     clean = clean_run_for_rows(
         model,
-        sinks,
+        sink_map,
         method,
         positions=positions,
         sites=looked_at(rows),
-        begin_at=beginnings(model, rows, sinks.n_tokens, memory_budget),
+        begin_at=beginnings(model, rows, sink_map.n_tokens, memory_budget),
         fwd_hooks=fwd_hooks,
     )
     engine, error = choose_engine(model, clean, method, positions, fwd_hooks)
@@ -201,16 +210,19 @@ def counterfactuals(
         )
     return CounterfactualRows(
         rows=tuple(rows),
-        sinks=sinks,
+        sinks=sink_map,
         alignment=states.alignment,
         centered_alignment=states.centered_alignment,
         norm=states.norm,
         centered_norm=states.centered_norm,
-        is_sink=clean.judge(
-            states.centered_alignment, states.centered_norm, states.direct_score, positions
+        is_sink=clean.judge.is_sink(
+            states.centered_alignment.T,
+            states.centered_norm.T,
+            states.direct_score.permute(1, 2, 0),
+            torch.tensor(positions),
         ),
         direct_score=states.direct_score,
-        engine=engine,
+        provenance=sink_map.provenance.extended(engine=engine),
         self_test=error,
         totals=totals,
     )

@@ -14,7 +14,6 @@ the clean token.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
@@ -23,8 +22,11 @@ from torch import Tensor
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.attention_replaced import sliding_windows
+from secondary_sinks.host.forward import has_hooks
+from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.precision import tolerance
-from secondary_sinks.host.sites import Site, UserHook, describe, has_hooks, layer_sites
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import Site, layer_sites
 from secondary_sinks.intervene.clean_run import CleanRun, KeepMasks, KeepText
 from secondary_sinks.intervene.edits import Scale, Zero
 from secondary_sinks.intervene.full_passes import run_full
@@ -32,6 +34,7 @@ from secondary_sinks.intervene.interventions import Intervention, Row, rows_of
 from secondary_sinks.intervene.passes import Engine, FastEngine, run_chunk, run_rows
 from secondary_sinks.intervene.rows import RowStates, clean_states
 from secondary_sinks.observe.attention_path import path_of_attention
+from secondary_sinks.sinks.detect_sinks import detect_sinks
 from secondary_sinks.sinks.sink_map import SinkMap
 
 Method = Literal["auto", "cached", "packed", "full"]
@@ -151,13 +154,8 @@ def _self_test(model: Any, clean: CleanRun, engine: FastEngine) -> float | None:
 
 def _against_full(model: Any, clean: CleanRun, engine: FastEngine, n_tokens: int) -> float:
     """The difference on the first tokens of the text, without hooks of the user's own."""
-    sinks = dataclasses.replace(
-        clean.sinks,
-        tokens=clean.tokens[:n_tokens],
-        token_strings=clean.sinks.token_strings[:n_tokens],
-        n_tokens=n_tokens,
-        sinks=(),
-    )
+    tokens = clean.tokens[:n_tokens]
+    sinks = detect_sinks(model, tokens, primary=clean.sinks.primary_position)
     middle = describe(model).n_layers // 3
     late, early = rows_of(
         [
@@ -169,7 +167,7 @@ def _against_full(model: Any, clean: CleanRun, engine: FastEngine, n_tokens: int
     if engine == "cached":
         keep = KeepText({late[0].position, early[0].position})
     try:
-        short = CleanRun.of(model, sinks, keep=keep)
+        short = CleanRun.of(model, cast(SinkMap, sinks), keep=keep)
         # Twice, because a pass with the second row begins with the first block, one without it not.
         passes = [run_chunk(engine, model, short, rows) for rows in ([late, early], [late])]
     except (ModelError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):

@@ -18,7 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.host.sites import Editor, Site, UserHook, forward
+from secondary_sinks.host.forward import Editor, forward
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import Site
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks
@@ -80,7 +82,7 @@ def run_full(
 def _one_row(
     model: Any, clean: CleanRun, row: Row, fwd_hooks: Sequence[UserHook], totals: bool
 ) -> tuple[RowStates, Any]:
-    n_layers, n_tokens = clean.primary.shape[0], len(clean.tokens)
+    n_layers, n_tokens = clean.n_layers, len(clean.tokens)
     position = row[0].position
     place: Place = (1, position)
     tokens = clean.tokens.expand(2, -1)
@@ -172,7 +174,7 @@ def _columns_to(
 
     Yields the editors to run: those given, and where attention is not streamed readers of patterns.
     """
-    n_tokens, n_layers = len(clean.tokens), clean.primary.shape[0]
+    n_tokens, n_layers = len(clean.tokens), clean.n_layers
     sites = {site for site, _ in editors}
     way = path_of_attention(model, clean.tokens, "auto", sites=sites, fwd_hooks=fwd_hooks)
     request = ColumnRequest()

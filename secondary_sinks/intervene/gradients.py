@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.host.sites import SITE_HOOKS, Site, UserHook
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import SITE_HOOKS, Site
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.whole_text import TextMeter, TextState
 

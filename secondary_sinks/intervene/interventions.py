@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import Site, describe, missing_sites
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.sites import Site, missing_sites
 from secondary_sinks.intervene.edits import Edit
 
 EditSite = Literal[

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import UserHook, describe
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.edits import Replace
 from secondary_sinks.intervene.interventions import SITES
@@ -116,7 +117,7 @@ class MeanActivations(Result):
     """Ordinary tokens that went into it."""
     n_texts: int
     model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.HostInfo`)."""
+    """Name, generation, depth and weight processing of the model (`host.sites.ModelInfo`)."""
 
     def edit(self, site: str, layer: int, *, head: int | None = None) -> Replace:
         """The edit that puts the mean in the place of an activation at that site and layer.

@@ -32,7 +32,10 @@ from torch import Tensor
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.blocks import skipping
-from secondary_sinks.host.sites import Editor, Site, UserHook, describe, forward
+from secondary_sinks.host.forward import Editor, forward
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import Site
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.hooked_rows import standing_at
 from secondary_sinks.intervene.interventions import Row

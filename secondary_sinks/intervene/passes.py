@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.memory import is_out_of_memory
-from secondary_sinks.host.sites import UserHook, describe
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.intervene.cached_rows import run_cached
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.full_passes import run_full

@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.host.sites import Editor, Site
-from secondary_sinks.intervene.clean_run import CleanRun, TokenGeometry
+from secondary_sinks.host.forward import Editor
+from secondary_sinks.host.sites import Site
+from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import ALONE
 from secondary_sinks.intervene.interventions import Intervention, Row, apply_edit
+from secondary_sinks.observe.residual_geometry import TokenGeometry
 
 Place = tuple[int, int]
 """Batch row and sequence index at which a row's token stands."""
@@ -92,7 +94,7 @@ class RowMeter:
 
     def editors(self) -> list[tuple[Site, Editor]]:
         """The functions that read the residual after every block of the pass."""
-        layers = range(self._begin, self._clean.primary.shape[0])
+        layers = range(self._begin, self._clean.n_layers)
         return [(Site("resid_post", layer), self._reader(layer)) for layer in layers]
 
     def states(

@@ -28,8 +28,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from secondary_sinks.errors import ModelError
+from secondary_sinks.host.forward import Editor, forward
 from secondary_sinks.host.memory import is_out_of_memory
-from secondary_sinks.host.sites import Editor, Site, UserHook, describe, forward
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import Site
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.interventions import Intervention, Row
 from secondary_sinks.intervene.rows import Place, edit_hooks
@@ -96,11 +99,11 @@ class TextState:
     def is_sink(self, clean: CleanRun, positions: Sequence[int]) -> Bool[Tensor, "item layer"]:
         """In which layers each token is a sink in this run, judged as the clean text was."""
         at = list(positions)
-        return clean.judge(
-            self.centered_alignment[:, at].T,
-            self.centered_norm[:, at].T,
-            self.sink_score[:, :, at].permute(2, 0, 1),
-            at,
+        return clean.judge.is_sink(
+            self.centered_alignment[:, at],
+            self.centered_norm[:, at],
+            self.sink_score[:, :, at],
+            torch.tensor(at),
         )
 
 
@@ -118,13 +121,13 @@ class TextMeter:
 
     def editors(self) -> list[tuple[Site, Editor]]:
         """The functions that read every layer's pattern and residual."""
-        layers = range(self._clean.primary.shape[0])
+        layers = range(self._clean.n_layers)
         patterns = [(Site("pattern", layer), self._read_pattern) for layer in layers]
         return [*patterns, *self.residual_editors()]
 
     def residual_editors(self) -> list[tuple[Site, Editor]]:
         """Those of the residual alone, for a pass whose attention is streamed to `receive`."""
-        layers = range(self._clean.primary.shape[0])
+        layers = range(self._clean.n_layers)
         return [(Site("resid_post", layer), self._reader(layer)) for layer in layers]
 
     def receive(self, layer: int, columns: Sequence[AttentionColumns]) -> None:

@@ -32,18 +32,13 @@ from secondary_sinks.host.attention_replaced import (
     replaced_attention,
     sliding_windows,
 )
+from secondary_sinks.host.forward import Observer, observe
 from secondary_sinks.host.identity import hooks_aside
 from secondary_sinks.host.memory import is_out_of_memory
+from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.precision import tolerance
-from secondary_sinks.host.sites import (
-    FINAL_NORM,
-    Observer,
-    Site,
-    UserHook,
-    describe,
-    hook_names,
-    observe,
-)
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import FINAL_NORM, Site, hook_names
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.fused_attention import FusedAttention
 from secondary_sinks.observe.streaming_attention import StreamingAttention

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
+from secondary_sinks.host.forward import Observer, observe
 from secondary_sinks.host.memory import is_out_of_memory
-from secondary_sinks.host.sites import HostInfo, Observer, Site, UserHook, layer_sites, observe
+from secondary_sinks.host.model_info import ModelInfo
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.sites import Site, layer_sites
 from secondary_sinks.host.text_input import TokenizedText, pad
 from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 from secondary_sinks.observe.attention_path import (
@@ -58,7 +61,7 @@ def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def run_batch(
     model: Any,
-    info: HostInfo,
+    info: ModelInfo,
     texts: Sequence[TokenizedText],
     collectors: Sequence[Collector],
     fwd_hooks: Sequence[UserHook],
@@ -200,7 +203,7 @@ def _without_padding(activation: Tensor, site: Site, n_tokens: int) -> Tensor:
     return activation[:n_tokens]
 
 
-def _check_finite(residual: Tensor, info: HostInfo, layer: int | None) -> None:
+def _check_finite(residual: Tensor, info: ModelInfo, layer: int | None) -> None:
     # The sum is NaN or infinite if any entry is: one reduction instead of a mask.
     if not torch.isfinite(residual.float().sum()) and not torch.isfinite(residual).all():
         bad = (~torch.isfinite(residual)).any(dim=-1).nonzero()[0].item()

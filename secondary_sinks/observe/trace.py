@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import torch
 from jaxtyping import Int
@@ -20,12 +20,16 @@ from tqdm.auto import tqdm
 
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.identity import check_residual_identity
-from secondary_sinks.host.sites import HostInfo, UserHook, describe, layer_sites, missing_sites
+from secondary_sinks.host.model_info import ModelInfo, describe
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.provenance import Provenance
+from secondary_sinks.host.sites import layer_sites, missing_sites
 from secondary_sinks.host.text_input import Message, Text, is_many, tokenize
 from secondary_sinks.observe.attention_columns import ATTENTION
 from secondary_sinks.observe.attention_path import AttentionChoice, AttentionPath
 from secondary_sinks.observe.batch import batches_of, hooked_sites, name_of, run_batch
 from secondary_sinks.observe.collectors import Collector
+from secondary_sinks.result import from_record, to_record
 from secondary_sinks.storage import load_record, save_record
 
 if TYPE_CHECKING:
@@ -39,12 +43,15 @@ class Trace(Mapping[str, Any]):
 
     tokens: Int[Tensor, "token"]
     token_strings: tuple[str, ...]
-    host: HostInfo
+    provenance: Provenance
     results: dict[str, Any]
     chat: bool = False
     """Whether the tokens came out of a chat template."""
-    attention: AttentionPath = "eager"
-    """How attention was computed: whole patterns, or streamed without them."""
+
+    @property
+    def attention(self) -> AttentionPath:
+        """How attention was computed: whole patterns, or streamed without them."""
+        return cast(AttentionPath, self.provenance.attention)
 
     def __getitem__(self, key: str) -> Any:
         return self.results[key]
@@ -57,7 +64,7 @@ class Trace(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         found = ", ".join(self.results)
-        return f"Trace({self.host.name!r}, {len(self.tokens)} tokens: {found})"
+        return f"Trace({self.provenance.model.name!r}, {len(self.tokens)} tokens: {found})"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per (layer, token), with a column for every result that has both.
@@ -67,7 +74,7 @@ class Trace(Mapping[str, Any]):
         """
         import pandas as pd
 
-        n_layers, n_tokens = self.host.n_layers, len(self.tokens)
+        n_layers, n_tokens = int(self.provenance.model.n_layers or 0), len(self.tokens)
         layer, token = torch.meshgrid(torch.arange(n_layers), torch.arange(n_tokens), indexing="ij")
         columns: dict[str, Any] = {
             "layer": layer.flatten().numpy(),
@@ -90,9 +97,8 @@ class Trace(Mapping[str, Any]):
         """Write every tensor result to one safetensors file; see `load`."""
         record = {
             "chat": self.chat,
-            "attention": self.attention,
             "token_strings": self.token_strings,
-            "host": dataclasses.asdict(self.host),
+            "provenance": to_record(self.provenance, "provenance", {}),
         }
         results = {f"results/{name}": tensor for name, tensor in _tensors(self.results)}
         tensors = {"tokens": self.tokens} | results
@@ -102,12 +108,11 @@ class Trace(Mapping[str, Any]):
     def load(cls, path: str | Path) -> Trace:
         """Read what `save` wrote; fields of result objects come back as `name.field` tensors."""
         tensors, record = load_record(path, "Trace")
-        host = record["host"] | {"processing": tuple(record["host"]["processing"])}
+        provenance = from_record(record["provenance"], Provenance, {})
         tokens = tensors.pop("tokens")
         strings = tuple(record["token_strings"])
         results = {name.removeprefix("results/"): tensor for name, tensor in tensors.items()}
-        attention = record.get("attention", "eager")  # files of before knew no other
-        return cls(tokens, strings, HostInfo(**host), results, record["chat"], attention)
+        return cls(tokens, strings, provenance, results, record["chat"])
 
 
 class TraceOptions(TypedDict, total=False):
@@ -202,6 +207,8 @@ def trace(
         attention_mask=attention_mask,
     )
     check_residual_identity(model)
+    provenance = Provenance.of(model, fwd_hooks=fwd_hooks)
+    tokenizer = getattr(model, "tokenizer", None)
     batches = batches_of([len(one) for one in texts], batch_size)
     show = len(batches) > 1 if progress is None else progress
     traces: dict[int, Trace] = {}
@@ -209,8 +216,13 @@ def trace(
         own = [texts[index] for index in batch]
         found, way = run_batch(model, info, own, collectors, fwd_hooks, attention)
         for index, results in zip(batch, found, strict=True):
-            one = texts[index]
-            traces[index] = Trace(one.tokens, one.token_strings, info, results, one.chat, way)
+            tokenized = texts[index]
+            of_text = provenance.of_text(
+                tokenizer, int(tokenized.tokens[0]), chat=tokenized.chat, attention=way
+            )
+            traces[index] = Trace(
+                tokenized.tokens, tokenized.token_strings, of_text, results, tokenized.chat
+            )
     in_order = [traces[index] for index in range(len(texts))]
     return in_order if is_many(text) else in_order[0]
 
@@ -227,7 +239,7 @@ def _as_list(collectors: Any) -> list[Collector]:
     return listed
 
 
-def _check_collectors(model: Any, collectors: Sequence[Collector], info: HostInfo) -> None:
+def _check_collectors(model: Any, collectors: Sequence[Collector], info: ModelInfo) -> None:
     if not collectors:
         raise InputError("no collectors: say what to keep, for example [SinkScores()]")
     names = [name_of(collector) for collector in collectors]

@@ -24,7 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.host.attention_replaced import AttentionInputs, replaced_attention
-from secondary_sinks.host.sites import describe, observe
+from secondary_sinks.host.forward import observe
+from secondary_sinks.host.model_info import describe
 from secondary_sinks.observe.streaming_attention import StreamingAttention
 
 _LAST = 8  # last queries that are compared

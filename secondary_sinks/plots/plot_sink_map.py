@@ -55,7 +55,8 @@ from secondary_sinks.plots.style import (
     text_width,
     visible,
 )
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 Shade = Literal["attention", "alignment"]
 
@@ -70,7 +71,7 @@ def plot_sink_map(sinks: SinkMap, *, shade: Shade = "attention", width: float = 
     """Picture of the sinks of one text: lives, attention, sink scores and norms.
 
     Args:
-        sinks: measured (`detect_sinks`) or read (`read_reference`, then only the lives are drawn).
+        sinks: measured (`detect_sinks`) or read (`read_published`, then only the lives are drawn).
         shade: what the heat map shows: "attention" (drawn, over that of ordinary tokens nearby) or
             "alignment" (cosine with the primary's residual, without the common component where the
             map has it).

@@ -24,24 +24,29 @@ N_NEIGHBORS = 32
 class AttentionBaseline:
     """What ordinary tokens of one text draw, by layer, head and place."""
 
-    weight: Float[Tensor, "layer head"]
+    weight: Float[Tensor, " layer head"]
     """Attention that the primary draws beyond its own baseline. A layer in which no head looks at
     it weighs all heads alike."""
-    median: Float[Tensor, "layer head block"]
+    median: Float[Tensor, " layer head block"]
     """Median relative score of each block of ordinary tokens."""
-    examples: Int[Tensor, "example"]
+    examples: Int[Tensor, " example"]
     """Positions of the ordinary tokens, in order; each `block_size` of them are a block."""
     block_size: int
-    uniform: Float[Tensor, "token"]
+    uniform: Float[Tensor, " token"]
     """`uniform_score` of the text."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the text."""
+        return len(self.uniform)
 
     @classmethod
     def of(
         cls,
-        score: Float[Tensor, "layer head token"],
+        score: Float[Tensor, " layer head token"],
         primary: int,
         *,
-        ordinary: Bool[Tensor, "token"],
+        ordinary: Bool[Tensor, " token"],
         min_queries: int,
     ) -> AttentionBaseline:
         """Measure the baseline of a text.
@@ -72,9 +77,9 @@ class AttentionBaseline:
 
     def ratio(
         self,
-        score: Float[Tensor, "layer head item"],
-        positions: Int[Tensor, "item"] | None = None,
-    ) -> Float[Tensor, "layer item"]:
+        score: Float[Tensor, " layer head item"],
+        positions: Int[Tensor, " item"] | None = None,
+    ) -> Float[Tensor, " layer item"]:
         """Attention drawn over the baseline, by layer.
 
         Scores are first divided by what uniform attention would give at that position; scores and
@@ -93,25 +98,27 @@ class AttentionBaseline:
 
     def drawn(
         self,
-        score: Float[Tensor, "layer head item"],
-        positions: Int[Tensor, "item"] | None = None,
-    ) -> Float[Tensor, "layer item"]:
+        score: Float[Tensor, " layer head item"],
+        positions: Int[Tensor, " item"] | None = None,
+    ) -> Float[Tensor, " layer item"]:
         """Attention drawn over what uniform attention would give, averaged over heads with
         `weight`; the arguments are those of `ratio`."""
         uniform = self.uniform if positions is None else self.uniform[positions]
         return self._over_heads(score / uniform)
 
-    def _over_heads(self, values: Float[Tensor, "layer head item"]) -> Float[Tensor, "layer item"]:
+    def _over_heads(
+        self, values: Float[Tensor, " layer head item"]
+    ) -> Float[Tensor, " layer item"]:
         share = self.weight / self.weight.sum(dim=1, keepdim=True)
         return (share[:, :, None] * values).sum(dim=1)
 
-    def _expected(self, positions: Int[Tensor, "item"]) -> Float[Tensor, "layer head item"]:
+    def _expected(self, positions: Int[Tensor, " item"]) -> Float[Tensor, " layer head item"]:
         # Examples are in order, so a token's place among them says which block it lies in.
         block = torch.searchsorted(self.examples, positions) // self.block_size
         return self.median[:, :, block.clamp_max(self.median.shape[2] - 1)]
 
 
-def uniform_score(n_tokens: int) -> Float[Tensor, "token"]:
+def uniform_score(n_tokens: int) -> Float[Tensor, " token"]:
     """Sink score of every token if each query looked at all it can see alike; NaN for the last."""
     weight = 1 / torch.arange(1, n_tokens + 1, dtype=torch.float64)
     later = weight.flip(0).cumsum(0).flip(0) - weight

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 
 class Found(NamedTuple):
@@ -39,10 +40,13 @@ def listed(maps: SinkMap | Sequence[SinkMap]) -> tuple[SinkMap, ...]:
     strangers = [one for one in several if not isinstance(one, SinkMap)]
     if strangers:
         raise InputError(f"a sink map is meant, not {type(strangers[0]).__name__}")
-    models = {(str(one.model.get("name", "?")), one.n_layers) for one in several}
+    models = {(sink_map.provenance.weights, sink_map.model_name) for sink_map in several}
     if len(models) > 1:
-        names = ", ".join(f"{name!r} of {depth} layers" for name, depth in sorted(models, key=str))
-        raise InputError(f"maps of several models ({names}); ask about one at a time")
+        names = ", ".join(
+            f"{name!r} (weights {weights or 'unknown'})"
+            for weights, name in sorted(models, key=str)
+        )
+        raise InputError(f"maps of several models: {names}; ask about one model at a time")
     return several
 
 

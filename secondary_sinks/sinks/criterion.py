@@ -1,23 +1,25 @@
-"""The default criterion: a sink is aligned, large, and looked at.
+"""The default criterion: a sink is aligned, large, and draws attention.
 
-A token is a sink after block l if, at the same time,
+A token is a sink after block l if three things hold at the same time:
 
 * *alignment*: its residual points where the primary sink's does. Both are taken without the layer's
-  common component (the mean residual of ordinary tokens), so that a direction that all tokens share
-  makes nobody a sink;
-* *magnitude*: what it has beyond the common component is larger than the median token's;
-* *attention*: over that life, later tokens look at it much more than at ordinary tokens nearby,
-  in the heads that look at the primary. "Nearby" matters: early tokens are seen by queries with
-  little else to look at, late ones by their neighbors. The heads matter as well: the sink direction
-  is read by some of them only, and the others would drown these.
+  common component, so that a direction shared by all tokens does not count as evidence of a sink;
+* *magnitude*: its norm without the common component is larger than the median background token's;
+* *attention*: over its life, later tokens attend to it much more than to ordinary tokens nearby, in
+  the heads that read the primary. "Nearby" matters: early tokens are seen by queries with few other
+  keys, late ones by their neighbors. The heads matter too: only some read the sink direction, and
+  the others would hide these.
 
 All of it happens inside a *primary phase*: a run of layers in which the primary token is massive,
 keeps its direction from one layer to the next, and itself draws attention. A model may have several
-phases, with different directions. A token whose life begins with the phase is another primary sink;
-one whose life begins later is a secondary sink.
+phases, with different directions.
 
-What the numbers do not say: that the sink matters for the output, or which module made it. Those
-are questions for an intervention.
+`Criterion` holds everything that a judgment needs: thresholds, phases, and the baselines of the
+text. The same object judges the whole text and any counterfactual row, so a row without an edit has
+exactly the life of its token. `detect` chooses the primary, builds the criterion and applies it.
+
+Not evidence for: that the sink matters for the output, or which module wrote it. Those are
+questions for an intervention.
 
 Everything here is arithmetic on small tensors; nothing touches a model.
 """
@@ -28,21 +30,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.observe.collectors import Geometry
+from secondary_sinks.observe.residual_geometry import Geometry
 from secondary_sinks.sinks.attention_baseline import AttentionBaseline
-from secondary_sinks.sinks.sink_map import Evidence, Kind, Sink
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from secondary_sinks.sinks.sink_map import SinkMap
+from secondary_sinks.sinks.sink import Evidence, Kind, Sink
 
 DEFAULTS: dict[str, float | int] = {
     "min_alignment": 0.9,
@@ -71,15 +67,98 @@ PRIMARY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class Detection:
-    """What the criterion found, before it is put into a `SinkMap`."""
+class Criterion:
+    """The evidence criterion, ready to judge residuals and scores of one text.
 
-    primary_position: int
+    An *item* is a token of the text, or a counterfactual row in the place of one.
+    """
+
+    thresholds: dict[str, float | int]
+    """All of `DEFAULTS`."""
+    phases: tuple[tuple[int, int], ...]
+    """Primary phases: runs [start, end) of layers."""
+    background_norm: Float[Tensor, " layer"]
+    """Median norm of the background tokens without the common component."""
+    baseline: AttentionBaseline
+
+    def lives(
+        self,
+        centered_alignment: Float[Tensor, " layer item"],
+        centered_norm: Float[Tensor, " layer item"],
+        score: Float[Tensor, " layer head item"],
+        positions: Int[Tensor, " item"] | None = None,
+    ) -> list[list[tuple[int, ...]]]:
+        """The lives of each item: runs of layers after which it is a sink, in order.
+
+        Args:
+            centered_alignment: cosine with the primary's residual, without the common component.
+            centered_norm: norm without the common component.
+            score: mean attention from later queries; NaN in layers where it was not measured,
+                which then say nothing.
+            positions: where each item stands; by default item t is token t.
+        """
+        aligned = is_aligned(
+            centered_alignment, centered_norm, self.background_norm, self.thresholds
+        )
+        ratio = self.baseline.ratio(score, positions)
+        drawn = self.baseline.drawn(score, positions)
+        where = range(score.shape[2]) if positions is None else positions.tolist()
+        return [
+            [
+                life
+                for start, end in self.phases
+                for life in runs(aligned[start:end, item], offset=start)
+                if self._draws_attention(ratio[:, item], drawn[:, item], life, position)
+            ]
+            for item, position in enumerate(where)
+        ]
+
+    def is_sink(
+        self,
+        centered_alignment: Float[Tensor, " layer item"],
+        centered_norm: Float[Tensor, " layer item"],
+        score: Float[Tensor, " layer head item"],
+        positions: Int[Tensor, " item"] | None = None,
+    ) -> Bool[Tensor, " item layer"]:
+        """After which blocks each item is a sink; the arguments are those of `lives`."""
+        alive = torch.zeros(centered_norm.shape[::-1], dtype=torch.bool)
+        judged = self.lives(centered_alignment, centered_norm, score, positions)
+        for item, lives_of_item in enumerate(judged):
+            for life in lives_of_item:
+                alive[item, list(life)] = True
+        return alive
+
+    def _draws_attention(
+        self,
+        ratio: Float[Tensor, " layer"],
+        drawn: Float[Tensor, " layer"],
+        life: tuple[int, ...],
+        position: int,
+    ) -> bool:
+        """The test of attention; it passes where no later token exists that could show it.
+
+        Besides the ratio, the token must draw `LEAST_DRAWN` of what uniform attention would give
+        it: a high ratio of two near-zero values is not evidence.
+        """
+        if position == self.baseline.n_tokens - 1:
+            return True
+        return (
+            life_mean(ratio, life) >= self.thresholds["min_attention_ratio"]
+            and life_mean(drawn, life) >= LEAST_DRAWN
+        )
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a criterion found, before it is put into a `SinkMap`."""
+
+    primary: int
+    """Index of the primary among the candidates."""
     phases: tuple[tuple[int, int], ...]
     sinks: tuple[Sink, ...]
-    alignment: Float[Tensor, "layer token"]
-    centered_alignment: Float[Tensor, "layer token"]
-    attention_ratio: Float[Tensor, "layer token"]
+    attention_ratio: Float[Tensor, " layer token"]
+    criterion: Criterion | None = None
+    """None for the published criterion, which judges no rows."""
     notes: tuple[str, ...] = ()
 
 
@@ -114,7 +193,7 @@ def check_thresholds(thresholds: dict[str, float | int]) -> dict[str, float | in
 
 def detect(
     geometry: Geometry,
-    score: Float[Tensor, "layer head token"],
+    score: Float[Tensor, " layer head token"],
     tokens: list[int],
     token_strings: tuple[str, ...],
     *,
@@ -132,40 +211,34 @@ def detect(
             candidate that becomes a sink first, of those that grow about as large as the largest.
         thresholds: all of `DEFAULTS`.
     """
-    norm_ratio = _over(geometry.centered_norm, geometry.ordinary_centered_norm)
-    indices = range(len(geometry.candidates))
+    candidates = range(len(geometry.candidates))
     if primary is not None:
         if primary not in geometry.candidates:
             raise InputError(
                 f"primary={primary} is not among the candidate positions {geometry.candidates}"
             )
-        indices = range(geometry.candidates.index(primary), geometry.candidates.index(primary) + 1)
-    views = [_View.of(geometry, norm_ratio, score, index, thresholds) for index in indices]
+        candidates = range(geometry.candidates.index(primary), len(geometry.candidates))[:1]
+    views = [_View.of(geometry, score, index, thresholds) for index in candidates]
     view = _choose_primary(views)
+    lives = view.criterion.lives(
+        geometry.centered_alignment[view.index], geometry.centered_norm, score
+    )
     sinks = []
-    secondary: set[int] = set()
-    for start, end in view.phases:
-        for token in range(score.shape[2]):
-            for layers in lives(view.aligned[start:end, token], offset=start):
-                seen = _life_mean(view.attention, token, layers)
-                if not _is_looked_at(view, token, layers, thresholds):
-                    continue
-                # A secondary sink that outlives a break of the primary is still a secondary one.
-                begins = layers[0] == start and token not in secondary
-                kind: Kind = "primary" if begins else "secondary"
-                if not begins:
-                    secondary.add(token)
-                evidence = _evidence(geometry, view, score, token, layers, seen)
-                sinks.append(
-                    Sink(token, token_strings[token], tokens[token], kind, layers, evidence)
-                )
+    phase_starts = {start for start, _ in view.phases}
+    for token, lives_of_token in enumerate(lives):
+        is_secondary = False
+        for layers in lives_of_token:
+            # A secondary sink that outlives a break of the primary is still a secondary one.
+            is_secondary = is_secondary or layers[0] not in phase_starts
+            kind: Kind = "secondary" if is_secondary else "primary"
+            evidence = _evidence(geometry, view, score, token, layers)
+            sinks.append(Sink(token, token_strings[token], tokens[token], kind, layers, evidence))
     return Detection(
-        primary_position=view.position,
+        primary=view.index,
         phases=view.phases,
         sinks=tuple(sorted(sinks, key=lambda sink: (sink.kind, sink.l_start, sink.position))),
-        alignment=geometry.alignment[view.index],
-        centered_alignment=geometry.centered_alignment[view.index],
         attention_ratio=view.attention,
+        criterion=view.criterion,
         notes=tuple(_notes(views, view, geometry, sinks, thresholds)),
     )
 
@@ -205,40 +278,44 @@ class _View:
     index: int
     position: int
     peak: float
-    aligned: Bool[Tensor, "layer token"]
-    attention: Float[Tensor, "layer token"]
-    drawn: Float[Tensor, "layer token"]
-    phases: tuple[tuple[int, int], ...]
+    attention: Float[Tensor, " layer token"]
+    criterion: Criterion
+
+    @property
+    def phases(self) -> tuple[tuple[int, int], ...]:
+        return self.criterion.phases
 
     @classmethod
     def of(
-        cls,
-        geometry: Geometry,
-        norm_ratio: Tensor,
-        score: Tensor,
-        index: int,
-        thresholds: dict[str, float | int],
+        cls, geometry: Geometry, score: Tensor, index: int, thresholds: dict[str, float | int]
     ) -> _View:
         position = geometry.candidates[index]
-        aligned = (geometry.centered_alignment[index] >= thresholds["min_alignment"]) & (
-            norm_ratio >= thresholds["min_norm_ratio"]
+        ratio = norm_ratio(geometry.centered_norm[:, position], geometry.background_centered_norm)
+        layer_runs = primary_runs(ratio, geometry.persistence[index], thresholds)
+        # The baseline is needed to tell which runs are phases, and comes from tokens that are not
+        # aligned in any run.
+        aligned = is_aligned(
+            geometry.centered_alignment[index],
+            geometry.centered_norm,
+            geometry.background_centered_norm,
+            thresholds,
         )
-        runs = primary_runs(norm_ratio[:, position], geometry.persistence[index], thresholds)
-        ordinary = torch.ones(score.shape[2], dtype=torch.bool)
-        ordinary[position] = False
-        for start, end in runs:
-            ordinary &= ~aligned[start:end].any(dim=0)
+        examples = torch.ones(score.shape[2], dtype=torch.bool)
+        examples[position] = False
+        for start, end in layer_runs:
+            examples &= ~aligned[start:end].any(dim=0)
         baseline = AttentionBaseline.of(
-            score, position, ordinary=ordinary, min_queries=int(thresholds["min_queries"])
+            score, position, ordinary=examples, min_queries=int(thresholds["min_queries"])
         )
         attention = baseline.ratio(score)
         least = thresholds["min_attention_ratio"]
-        phases = tuple(run for run in runs if _life_mean(attention, position, range(*run)) >= least)
+        phases = tuple(
+            run for run in layer_runs if life_mean(attention[:, position], range(*run)) >= least
+        )
         # The last layer is left out: some models write large, unrelated vectors there.
-        inner = norm_ratio[:-1] if norm_ratio.shape[0] > 1 else norm_ratio
-        peak = float(inner[:, position].max())
-        drawn = baseline.drawn(score)
-        return cls(index, position, peak, aligned, attention, drawn, phases)
+        peak = float((ratio[:-1] if len(ratio) > 1 else ratio).max())
+        criterion = Criterion(thresholds, phases, geometry.background_centered_norm, baseline)
+        return cls(index, position, peak, attention, criterion)
 
 
 def _choose_primary(views: list[_View]) -> _View:
@@ -255,8 +332,8 @@ def _choose_primary(views: list[_View]) -> _View:
 
 
 def primary_runs(
-    norm_ratio: Float[Tensor, "layer"],
-    persistence: Float[Tensor, "layer"],
+    norm_ratio: Float[Tensor, " layer"],
+    persistence: Float[Tensor, " layer"],
     thresholds: dict[str, float | int],
 ) -> list[tuple[int, int]]:
     """Runs [start, end) of layers in which the primary is massive and keeps its direction.
@@ -298,7 +375,7 @@ def primary_runs(
     return runs
 
 
-def lives(alive: Bool[Tensor, "layer"], *, offset: int = 0) -> list[tuple[int, ...]]:
+def runs(alive: Bool[Tensor, " layer"], *, offset: int = 0) -> list[tuple[int, ...]]:
     """Unbroken runs of layers; a single missing layer between two of them is bridged.
 
     Bridging keeps a sink on the border of a threshold from falling to pieces.
@@ -313,112 +390,54 @@ def lives(alive: Bool[Tensor, "layer"], *, offset: int = 0) -> list[tuple[int, .
     return [tuple(run) for run in runs]
 
 
-def margins(sinks: SinkMap, n: int | None) -> pd.DataFrame:
-    """See `SinkMap.margins`."""
-    import pandas as pd
-
-    thresholds = sinks.thresholds
-    centered_alignment, attention = sinks.centered_alignment, sinks.attention_ratio
-    norm, ordinary = sinks.centered_norm, sinks.ordinary_centered_norm
-    if centered_alignment is None or attention is None or norm is None or ordinary is None:
-        raise InputError("this map holds no measurements")
-    passed = torch.stack(
-        [
-            centered_alignment / thresholds["min_alignment"],
-            _over(norm, ordinary) / thresholds["min_norm_ratio"],
-            _next_layer(attention) / thresholds["min_attention_ratio"],
-        ]
-    )  # [test, layer, token]
-    inside = torch.zeros(passed.shape[1], dtype=torch.bool)
-    for start, end in sinks.phases or ((0, passed.shape[1]),):
-        inside[start:end] = True
-    closeness = passed.nan_to_num(nan=0.0).amin(dim=0)
-    closeness[~inside] = -torch.inf
-    nearest, layer = closeness.max(dim=0)
-    called = {sink.position for sink in sinks.sinks} | {sinks.primary_position}
-    tests = ("alignment", "magnitude", "attention")
-    rows = []
-    for token in nearest.argsort(descending=True).tolist():
-        if token in called:
-            continue
-        values = passed[:, layer[token], token]
-        rows.append(
-            {
-                "position": token,
-                "token": sinks.token_strings[token],
-                "layer": int(layer[token]),
-                "alignment": float(values[0]),
-                "magnitude": float(values[1]),
-                "attention": float(values[2]),
-                "closeness": float(nearest[token]),
-                "failed": tests[int(values.nan_to_num(nan=0.0).argmin())],
-            }
-        )
-        if n is not None and len(rows) == n:
-            break
-    columns = ["position", "token", "layer", *tests, "closeness", "failed"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _evidence(
-    geometry: Geometry,
-    view: _View,
-    score: Tensor,
-    token: int,
-    layers: tuple[int, ...],
-    seen: float,
-) -> Evidence:
-    rows = list(layers)
-    norm = geometry.norm
-    return Evidence(
-        alignment=_floats(geometry.alignment[view.index, rows, token]),
-        centered_alignment=_floats(geometry.centered_alignment[view.index, rows, token]),
-        norm=_floats(norm[rows, token]),
-        norm_ratio=_floats(_over(norm, geometry.ordinary_norm)[rows, token]),
-        centered_norm_ratio=_floats(
-            _over(geometry.centered_norm, geometry.ordinary_centered_norm)[rows, token]
-        ),
-        sink_score=_floats(_next_layer(score.mean(dim=1))[rows, token]),
-        attention_ratio=seen,
-        n_queries=norm.shape[1] - 1 - token,
+def is_aligned(
+    centered_alignment: Float[Tensor, " layer item"],
+    centered_norm: Float[Tensor, " layer item"],
+    background_norm: Float[Tensor, " layer"],
+    thresholds: dict[str, float | int],
+) -> Bool[Tensor, " layer item"]:
+    """Where the tests of alignment and magnitude pass."""
+    return (centered_alignment >= thresholds["min_alignment"]) & (
+        norm_ratio(centered_norm, background_norm) >= thresholds["min_norm_ratio"]
     )
 
 
-def _is_looked_at(
-    view: _View, token: int, layers: tuple[int, ...], thresholds: dict[str, float | int]
-) -> bool:
-    """Whether the attention test passes; where no later token exists, it cannot be asked.
-
-    Beside the ratio, the token must draw a fair part of what uniform attention would give it: where
-    the primary takes all there is, ordinary tokens draw nothing, and ten times nothing is no sink.
-    """
-    n_layers, n_tokens = view.attention.shape
-    if token == n_tokens - 1:
-        return True
-    if layers == (n_layers - 1,):
-        return False  # no later block: nothing could show that anybody looks
-    ratio = _life_mean(view.attention, token, layers)
-    drawn = _life_mean(view.drawn, token, layers)
-    return ratio >= thresholds["min_attention_ratio"] and drawn >= LEAST_DRAWN
+def norm_ratio(
+    norm: Float[Tensor, " layer *item"], background: Float[Tensor, " layer"]
+) -> Float[Tensor, " layer *item"]:
+    """Norms over the median background token's."""
+    per_layer = background.clamp_min(torch.finfo(torch.float32).tiny)
+    return norm / per_layer.reshape(-1, *[1] * (norm.ndim - 1))
 
 
-def _life_mean(
-    values: Float[Tensor, "layer token"], token: int, layers: range | tuple[int, ...]
-) -> float:
-    """Mean over a life of what the next block shows; NaN if nothing shows it."""
-    shown = [layer + 1 for layer in layers if layer + 1 < values.shape[0]]
-    return float(values[shown, token].mean()) if shown else math.nan
+def life_mean(values: Float[Tensor, " layer"], life: range | tuple[int, ...]) -> float:
+    """Mean over a life of what the next block shows; NaN if no block shows it."""
+    shown = [layer + 1 for layer in life if layer + 1 < len(values)]
+    return float(values[shown].nanmean()) if shown else math.nan
 
 
-def _next_layer(values: Float[Tensor, "layer token"]) -> Float[Tensor, "layer token"]:
+def next_layer(values: Float[Tensor, " layer token"]) -> Float[Tensor, " layer token"]:
     """Row l holds what block l + 1 shows; the last row is NaN."""
     return torch.cat([values[1:], torch.full_like(values[:1], torch.nan)])
 
 
-def _over(
-    norm: Float[Tensor, "layer token"], ordinary: Float[Tensor, "layer"]
-) -> Float[Tensor, "layer token"]:
-    return norm / ordinary.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+def _evidence(
+    geometry: Geometry, view: _View, score: Tensor, token: int, layers: tuple[int, ...]
+) -> Evidence:
+    at = (list(layers), token)
+    norm = geometry.norm
+    return Evidence(
+        alignment=_floats(geometry.alignment[view.index][at]),
+        centered_alignment=_floats(geometry.centered_alignment[view.index][at]),
+        norm=_floats(norm[at]),
+        norm_ratio=_floats(norm_ratio(norm, geometry.background_norm)[at]),
+        centered_norm_ratio=_floats(
+            norm_ratio(geometry.centered_norm, geometry.background_centered_norm)[at]
+        ),
+        sink_score=_floats(next_layer(score.mean(dim=1))[at]),
+        attention_ratio=life_mean(view.attention[:, token], layers),
+        n_queries=norm.shape[1] - 1 - token,
+    )
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Message, Text
 from secondary_sinks.observe.attention_path import AttentionChoice
-from secondary_sinks.observe.collectors import Collector, ResidualGeometry, SinkScores
+from secondary_sinks.observe.collectors import Collector, SinkScores
+from secondary_sinks.observe.residual_geometry import ResidualGeometry
 from secondary_sinks.observe.trace import Trace, TraceOptions, trace
 from secondary_sinks.sinks import criterion as evidence
-from secondary_sinks.sinks import published_criterion as reference
+from secondary_sinks.sinks import published_criterion
 from secondary_sinks.sinks.sink_map import SinkMap
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Criterion = Literal["evidence", "reference"]
+CriterionName = Literal["evidence", "published"]
 
 PREFIX = 4
 """How many positions at the beginning of a text are considered for the primary sink."""
@@ -32,7 +31,7 @@ PREFIX = 4
 class DetectOptions(TraceOptions, total=False):
     """The keyword arguments of `detect_sinks`."""
 
-    criterion: Criterion
+    criterion: CriterionName
     primary: int | None
     min_alignment: float
     min_norm_ratio: float
@@ -57,7 +56,7 @@ def detect_sinks(
     model: Any,
     text: Text,
     *,
-    criterion: Criterion = "evidence",
+    criterion: CriterionName = "evidence",
     chat: bool = False,
     prepend_bos: bool | None = None,
     max_tokens: int | None = None,
@@ -73,7 +72,7 @@ def detect_sinks(
 
     `criterion="evidence"` asks for alignment with the primary sink (without what all tokens share),
     for magnitude, and for attention actually drawn; see `secondary_sinks.sinks.criterion`.
-    `criterion="reference"` is the published detector (arXiv 2512.22213), bit for bit, which asks
+    `criterion="published"` is the detector of the paper (arXiv 2512.22213), bit for bit, which asks
     for alignment alone; see `secondary_sinks.sinks.published_criterion` for where it goes wrong.
 
     A detected sink is not evidence that the model needs it, nor of which module wrote it.
@@ -102,10 +101,10 @@ def detect_sinks(
         InputError: unusable text or thresholds.
         ModelError: a model whose activations cannot be measured; see `trace`.
     """
-    if criterion not in ("evidence", "reference"):
-        raise InputError(f"no criterion {criterion!r}; use 'evidence' or 'reference'")
-    if criterion == "reference" and thresholds:
-        raise InputError(f"criterion='reference' has no threshold {sorted(thresholds)[0]!r}")
+    if criterion not in ("evidence", "published"):
+        raise InputError(f"no criterion {criterion!r}; use 'evidence' or 'published'")
+    if criterion == "published" and thresholds:
+        raise InputError(f"criterion='published' has no threshold {sorted(thresholds)[0]!r}")
     checked = evidence.check_thresholds(thresholds) if criterion == "evidence" else {}
     if primary is not None:
         if isinstance(primary, bool) or int(primary) != primary:
@@ -134,64 +133,63 @@ def detect_sinks(
     return [_sink_map(one, criterion, primary, checked) for one in traces]
 
 
-def _geometry(criterion: str, primary: int | None) -> ResidualGeometry:
-    final_norm = criterion == "reference"
-    if primary is not None:
-        return ResidualGeometry((primary,), final_norm=final_norm, name="geometry")
-    return ResidualGeometry(tuple(range(PREFIX)), final_norm=final_norm, name="geometry")
+def _geometry(criterion: CriterionName, primary: int | None) -> ResidualGeometry:
+    candidates = tuple(range(PREFIX)) if primary is None else (primary,)
+    return ResidualGeometry(candidates, final_norm=criterion == "published", name="geometry")
 
 
 def _sink_map(
-    found: Trace,
-    criterion: str,
+    trace_result: Trace,
+    criterion: CriterionName,
     primary: int | None,
     thresholds: dict[str, float | int],
 ) -> SinkMap:
-    geometry, score = found["geometry"], found["score"]
-    tokens = found.tokens.tolist()
-    min_queries = int((thresholds or evidence.DEFAULTS)["min_queries"])
-    hidden = torch.arange(len(tokens) - 1, -1, -1) < min_queries
-    shown = score.masked_fill(hidden, torch.nan)
-    if criterion == "reference":
-        detection = reference.detect(
-            geometry, score, tokens, found.token_strings, chat=found.chat, primary=primary
+    geometry, score = trace_result["geometry"], trace_result["score"]
+    tokens, strings = trace_result.tokens.tolist(), trace_result.token_strings
+    if criterion == "published":
+        detection = published_criterion.detect(
+            geometry, score, tokens, strings, chat=trace_result.chat, primary=primary
         )
     else:
         detection = evidence.detect(
-            geometry, score, tokens, found.token_strings, primary=primary, thresholds=thresholds
+            geometry, score, tokens, strings, primary=primary, thresholds=thresholds
         )
+    index = detection.primary
     return SinkMap(
-        tokens=found.tokens,
-        token_strings=found.token_strings,
+        tokens=trace_result.tokens,
+        token_strings=strings,
         n_tokens=len(tokens),
-        model=dataclasses.asdict(found.host) | {"attention": found.attention},
+        provenance=trace_result.provenance.extended(thresholds=thresholds),
         criterion=criterion,
-        thresholds=thresholds,
-        primary_position=detection.primary_position,
+        primary_position=geometry.candidates[index],
         phases=detection.phases,
         sinks=detection.sinks,
-        alignment=detection.alignment,
-        centered_alignment=detection.centered_alignment,
+        judge=detection.criterion,
+        primary_residual=geometry.residual[index],
+        common_residual=geometry.common,
+        alignment=geometry.alignment[index],
+        centered_alignment=geometry.centered_alignment[index],
         norm=geometry.norm,
         centered_norm=geometry.centered_norm,
-        ordinary_norm=geometry.ordinary_norm,
-        ordinary_centered_norm=geometry.ordinary_centered_norm,
-        sink_score=shown,
+        background_norm=geometry.background_norm,
+        background_centered_norm=geometry.background_centered_norm,
+        mean_attention=score,
         attention_ratio=detection.attention_ratio,
-        notes=(*_notes(found, detection.phases), *detection.notes),
+        notes=(*_notes(trace_result, detection.phases), *detection.notes),
     )
 
 
-def _notes(found: Trace, phases: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    if found.host.is_processed:
+def _notes(trace_result: Trace, phases: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    model = trace_result.provenance.model
+    if model.is_processed:
         yield (
-            f"weights are not raw ({'; '.join(found.host.processing)}): norms and cosines differ "
-            "from those of the original model"
+            f"weights are not raw ({'; '.join(model.processing)}): norms and cosines differ from "
+            "those of the original model"
         )
     if not phases:
         yield (
             "no primary sink: no token at the beginning is massive, keeps its direction and draws "
-            f"attention. The text begins with {found.token_strings[0]!r}; if the model was not "
-            "trained with that token in front, pass prepend_bos=False (or True, if it was). If the "
-            "primary stands elsewhere, name its position with primary="
+            f"attention. The text begins with {trace_result.token_strings[0]!r}; if the model was "
+            "not trained with that token in front, pass prepend_bos=False (or True, if it was). If "
+            "the primary is elsewhere, name its position with primary="
         )

@@ -10,20 +10,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secondary_sinks.errors import ModelError
-from secondary_sinks.host.sites import UserHook, describe
-from secondary_sinks.intervene.clean_run import CleanRun
+from secondary_sinks.errors import InputError, ModelError
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import Trace, trace
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.controls import ordinary_tokens
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 
 def direct_writes(
     model: Any,
-    sinks: SinkMap,
-    chosen: Sequence[Sink],
+    sink_map: SinkMap,
+    sinks: Sequence[Sink],
     *,
-    clean: CleanRun | None = None,
     fwd_hooks: Sequence[UserHook] = (),
 ) -> DirectWrite:
     """Project every block's output at every sink's token on that sink's direction.
@@ -35,20 +36,22 @@ def direct_writes(
     Raises:
         ModelError: they do not.
     """
-    if clean is None:
-        clean = CleanRun.of(model, sinks, fwd_hooks=fwd_hooks)
-    directions = sink_directions(clean, [sink.l_start for sink in chosen])
-    collector = Projections([sink.position for sink in chosen], directions, clean.ordinary)
-    tokens = cast(Tensor, sinks.tokens)
-    found = cast(Trace, trace(model, tokens, [collector], fwd_hooks=fwd_hooks))
-    return checked_write(model, found["Projections"])
+    directions = sink_directions(sink_map, [sink.l_start for sink in sinks])
+    positions = [sink.position for sink in sinks]
+    collector = Projections(positions, directions, ordinary_tokens(sink_map))
+    tokens = cast(Tensor, sink_map.tokens)
+    trace_result = cast(Trace, trace(model, tokens, [collector], fwd_hooks=fwd_hooks))
+    return checked_write(model, trace_result["Projections"])
 
 
-def sink_directions(clean: CleanRun, layers: Sequence[int]) -> Float[Tensor, "layer d_model"]:
+def sink_directions(sink_map: SinkMap, layers: Sequence[int]) -> Float[Tensor, " layer d_model"]:
     """The sink direction after each of these layers: `(r - c) / |r - c|`, with `r` the primary's
     residual and `c` the common component."""
-    index = list(layers)
-    return torch.nn.functional.normalize(clean.primary[index] - clean.common[index], dim=-1)
+    primary, common = sink_map.primary_residual, sink_map.common_residual
+    if primary is None or common is None:
+        raise InputError(f"{sink_map!r} holds no measurements; detect the sinks with detect_sinks")
+    centered = primary[list(layers)] - common[list(layers)]
+    return torch.nn.functional.normalize(centered, dim=-1)
 
 
 _Found = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]

@@ -18,7 +18,8 @@ import numpy as np
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.result import Result
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ def sink_levels(maps: SinkMap | Sequence[SinkMap], *, max_spread: int = 2) -> Si
 
     Args:
         maps: sink maps of texts of one model, measured (`detect_sinks`) or published
-            (`read_reference`).
+            (`read_published`).
         max_spread: sinks with the same onset are one level if their lifetimes differ by at most
             this many layers.
 
@@ -125,7 +126,7 @@ def find_levels(maps: Sequence[SinkMap], *, max_spread: int = 2) -> SinkLevels:
         InputError: no maps, maps of models of different depth, or a negative `max_spread`.
     """
     if not maps:
-        raise InputError("no sink maps: pass the results of detect_sinks or read_reference")
+        raise InputError("no sink maps: pass the results of detect_sinks or read_published")
     if max_spread < 0:
         raise InputError(f"max_spread is {max_spread}; it must be 0 or more layers")
     depths = {sinks.n_layers for sinks in maps} - {None}

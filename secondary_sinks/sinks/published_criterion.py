@@ -23,10 +23,10 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.observe.collectors import Geometry
+from secondary_sinks.observe.residual_geometry import Geometry
 from secondary_sinks.sinks.attention_baseline import AttentionBaseline
 from secondary_sinks.sinks.criterion import Detection
-from secondary_sinks.sinks.sink_map import Evidence, Kind, Sink
+from secondary_sinks.sinks.sink import Evidence, Kind, Sink
 
 CHAT_CANDIDATES = (0, 1, 2)
 PLAIN_CANDIDATES = (0, 1)
@@ -60,8 +60,8 @@ def detect(
     attention = AttentionBaseline.of(
         score, position, ordinary=~aligned.any(dim=0), min_queries=8
     ).ratio(score)
-    ratio = geometry.norm / geometry.ordinary_norm[:, None]
-    centered_ratio = geometry.centered_norm / geometry.ordinary_centered_norm[:, None]
+    ratio = geometry.norm / geometry.background_norm[:, None]
+    centered_ratio = geometry.centered_norm / geometry.background_centered_norm[:, None]
     seen = score.mean(dim=1)
     sinks = []
     for token in aligned.any(dim=0).nonzero().flatten().tolist():
@@ -87,12 +87,7 @@ def detect(
     # The published records list the primary first, then the others as they are met layer by layer.
     sinks.sort(key=lambda sink: (sink.position != position, sink.l_start, sink.position))
     return Detection(
-        primary_position=position,
-        phases=((start, end),),
-        sinks=tuple(sinks),
-        alignment=cosine,
-        centered_alignment=geometry.centered_alignment[index],
-        attention_ratio=attention,
+        primary=index, phases=((start, end),), sinks=tuple(sinks), attention_ratio=attention
     )
 
 

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from secondary_sinks.errors import InputError, LoadError
-from secondary_sinks.sinks.sink_map import Kind, Sink, SinkMap
+from secondary_sinks.host.model_info import ModelInfo
+from secondary_sinks.host.provenance import Provenance
+from secondary_sinks.sinks.sink import Kind, Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.storage import write_atomically
 
 _KIND_OF_LABEL: dict[str, Kind] = {
@@ -30,7 +33,7 @@ _LABEL_OF_KIND: dict[Kind, str] = {
 }
 
 
-def read_reference(path: str | Path, *, tokenizer: Any = None) -> list[SinkMap]:
+def read_published(path: str | Path, *, tokenizer: Any = None) -> list[SinkMap]:
     """Published detections as sink maps, ready for `sink_levels`.
 
     Args:
@@ -61,7 +64,7 @@ def read_reference(path: str | Path, *, tokenizer: Any = None) -> list[SinkMap]:
     return maps
 
 
-def write_reference(
+def write_published(
     path: str | Path,
     maps: SinkMap | Sequence[SinkMap],
     *,
@@ -69,7 +72,7 @@ def write_reference(
 ) -> Path:
     """Write sink maps as records of the reference implementation.
 
-    What was read with `read_reference` is written back unchanged (but for `cliff`, which becomes
+    What was read with `read_published` is written back unchanged (but for `cliff`, which becomes
     `secondary`). One token can be written with one set of layers only, so the lives of a token are
     joined, and its label is that of the longest.
 
@@ -116,9 +119,8 @@ def _map_of(record: dict[str, Any], name: str, tokenizer: Any) -> SinkMap:
         tokens=None,
         token_strings=(),
         n_tokens=int(record["full_text_len"]),
-        model={"name": name},
-        criterion="reference",
-        thresholds={},
+        provenance=Provenance(ModelInfo(name)),
+        criterion="published",
         primary_position=first.position if first else 0,
         phases=((first.l_start, first.layers[-1] + 1),) if first else (),
         sinks=tuple(sinks),

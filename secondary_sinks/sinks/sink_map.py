@@ -1,125 +1,76 @@
-"""What a detection returns: sinks with their evidence, and the map of a text that holds them."""
+"""The sinks of one text in one model, with everything that was measured to find them."""
 
 from __future__ import annotations
 
 import math
+import operator
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.result import Result
+from secondary_sinks.host.provenance import Provenance
+from secondary_sinks.result import Result, counted
+from secondary_sinks.sinks.criterion import DEFAULTS, Criterion
+from secondary_sinks.sinks.sink import Sink
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["primary", "secondary", "noise"]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Why a token was called a sink. Each tuple has one entry for each layer in `Sink.layers`."""
-
-    alignment: tuple[float, ...]
-    """Cosine of its residual with the primary's."""
-    centered_alignment: tuple[float, ...]
-    """The same after the mean residual of the ordinary tokens was taken off both."""
-    norm: tuple[float, ...]
-    """Norm of its residual."""
-    norm_ratio: tuple[float, ...]
-    """That norm over the median ordinary token's."""
-    centered_norm_ratio: tuple[float, ...]
-    """The same after the common component was taken off every token: what `min_norm_ratio` asks."""
-    sink_score: tuple[float, ...]
-    """Attention drawn in the next layer: its sink score there, averaged over heads. NaN where there
-    is no next layer or no later query."""
-    attention_ratio: float
-    """Attention drawn over the whole life, over what ordinary tokens nearby draw in the same
-    layers (`sinks.attention_baseline`). NaN where nothing could look at the token."""
-    n_queries: int
-    """How many later tokens could look at it. Few make the attention weak evidence."""
-
-
-@dataclass(frozen=True)
-class Sink:
-    """One life of one sink: an unbroken run of layers (in the published criterion: all layers)."""
-
-    position: int
-    token: str
-    token_id: int
-    kind: Kind
-    layers: tuple[int, ...]
-    """0-based blocks after which the residual is a sink's; block l + 1 shows the attention."""
-    evidence: Evidence | None = field(default=None, repr=False)
-
-    @property
-    def l_start(self) -> int:
-        """Onset: the first of `layers`."""
-        return self.layers[0]
-
-    @property
-    def lifetime(self) -> int:
-        """Number of layers."""
-        return len(self.layers)
-
-    @property
-    def level(self) -> tuple[int, int]:
-        """(onset, lifetime)."""
-        return self.l_start, self.lifetime
-
-    @property
-    def sink_score(self) -> float:
-        """Mean over the life of the attention drawn in the next layer; NaN if it was not seen."""
-        scores = [s for s in (self.evidence.sink_score if self.evidence else ()) if s == s]
-        return sum(scores) / len(scores) if scores else math.nan
-
-    @property
-    def norm(self) -> float:
-        """Residual norm in the onset layer; NaN without evidence."""
-        return self.evidence.norm[0] if self.evidence else math.nan
+SinkChoice: TypeAlias = "Literal['secondary', 'primary', 'all'] | Sink | int | Sequence[Sink | int]"
+"""Which tokens an analysis is about; see `SinkMap.select`."""
 
 
 @dataclass(frozen=True, eq=False)
 class SinkMap(Result):
     """The sinks of one text in one model.
 
-    Arrays are None in maps that were read from published records, which hold none.
+    Arrays are None in maps that were read from published files, which hold none. "Centered" means
+    without the layer's common component, the mean residual of its background tokens
+    (`observe.residual_geometry`).
     """
 
-    tokens: Int[Tensor, "token"] | None
+    tokens: Int[Tensor, " token"] | None
     token_strings: tuple[str, ...]
     n_tokens: int
-    model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.HostInfo`)."""
-    criterion: str
-    thresholds: dict[str, float | int]
-    """What the criterion was run with."""
+    provenance: Provenance
+    """The model, its weights, the software and the thresholds."""
+    criterion: Literal["evidence", "published"]
     primary_position: int
     """The token whose residual defines the sink direction."""
     phases: tuple[tuple[int, int], ...]
     """Primary phases: runs [start, end) of layers in which that token is massive."""
     sinks: tuple[Sink, ...]
-    alignment: Float[Tensor, "layer token"] | None = None
+    judge: Criterion | None = None
+    """The evidence criterion with the baselines of this text; it also judges counterfactual rows.
+    None for the published criterion."""
+    primary_residual: Float[Tensor, " layer d_model"] | None = None
+    """The primary's residual."""
+    common_residual: Float[Tensor, " layer d_model"] | None = None
+    """The common component."""
+    alignment: Float[Tensor, " layer token"] | None = None
     """Cosine of each token's residual with the primary's."""
-    centered_alignment: Float[Tensor, "layer token"] | None = None
-    """The same after the mean residual of the ordinary tokens was taken off both."""
-    norm: Float[Tensor, "layer token"] | None = None
+    centered_alignment: Float[Tensor, " layer token"] | None = None
+    """The same, centered."""
+    norm: Float[Tensor, " layer token"] | None = None
     """Residual norms."""
-    centered_norm: Float[Tensor, "layer token"] | None = None
-    """Residual norms after the mean residual of the ordinary tokens was taken off."""
-    ordinary_norm: Float[Tensor, "layer"] | None = None
-    """Median residual norm of the ordinary tokens."""
-    ordinary_centered_norm: Float[Tensor, "layer"] | None = None
-    """The same after their mean residual was taken off."""
-    sink_score: Float[Tensor, "layer head token"] | None = None
-    """Mean attention from later queries; NaN for tokens that too few of them can see."""
-    attention_ratio: Float[Tensor, "layer token"] | None = None
+    centered_norm: Float[Tensor, " layer token"] | None = None
+    """Norms of the centered residuals."""
+    background_norm: Float[Tensor, " layer"] | None = None
+    """Median residual norm of the background tokens."""
+    background_centered_norm: Float[Tensor, " layer"] | None = None
+    """The same, centered."""
+    mean_attention: Float[Tensor, " layer head token"] | None = None
+    """Mean attention from all later queries, however few; NaN for the last token."""
+    attention_ratio: Float[Tensor, " layer token"] | None = None
     """Attention drawn over that of ordinary tokens nearby (`sinks.attention_baseline`)."""
     notes: tuple[str, ...] = ()
-    """What a reader of the result must know: processed weights, a text without primary sink."""
+    """What a reader must know: processed weights, a text without a primary sink."""
     record: dict[str, Any] = field(default_factory=dict, repr=False)
     """Whatever else a published record holds."""
 
@@ -134,17 +85,111 @@ class SinkMap(Result):
         return [sink for sink in self.sinks if sink.kind == "secondary"]
 
     @property
+    def model_name(self) -> str:
+        """Name of the model."""
+        return self.provenance.model.name
+
+    @property
     def n_layers(self) -> int | None:
         """Depth of the model, where it is known."""
-        return self.model.get("n_layers")
+        return self.provenance.model.n_layers
+
+    @property
+    def thresholds(self) -> dict[str, float | int]:
+        """What the criterion was run with."""
+        return self.provenance.thresholds
+
+    @property
+    def sink_score(self) -> Float[Tensor, " layer head token"] | None:
+        """`mean_attention`, NaN where fewer than `min_queries` later tokens make the mean."""
+        if self.mean_attention is None:
+            return None
+        n_later = torch.arange(self.n_tokens - 1, -1, -1)
+        hidden = n_later < int(self.thresholds.get("min_queries", DEFAULTS["min_queries"]))
+        return self.mean_attention.masked_fill(hidden, torch.nan)
+
+    def select(
+        self, sinks: SinkChoice = "secondary", *, min_lifetime: int = 1, min_score: float = 0.0
+    ) -> list[Sink]:
+        """The sinks that an analysis is about.
+
+        >>> remove_sinks(model, sink_map, sinks=sink_map.select(min_score=0.03))
+
+        A position stands for all lives of the sink there. A position at which there is no sink
+        stands for that token, `kind="chosen"`, measured over the layers of the most common level of
+        the map's secondary sinks, or over the longest primary phase if there are none.
+
+        Args:
+            sinks: "secondary", "primary", "all", a sink, a position, or several of these two.
+            min_lifetime: leave out sinks that live for fewer layers.
+            min_score: leave out sinks whose mean sink score is lower.
+
+        Raises:
+            InputError: nothing is selected, a sink is not in this map, or a position is outside the
+                text.
+        """
+        chosen = list(self._chosen(sinks))
+        left = [
+            sink
+            for sink in dict.fromkeys(chosen)
+            if sink.lifetime >= min_lifetime and not sink.sink_score < min_score
+        ]
+        if not left:
+            raise InputError(
+                f"no {sinks if isinstance(sinks, str) else 'selected'} sinks in this text"
+                f"{' pass the filter' if chosen else ''} ({self!r}): see margins() for the tokens "
+                "that came nearest, detect with lower thresholds, or name positions, as in "
+                "sinks=[3, 7]"
+            )
+        return left
+
+    def _chosen(self, sinks: Any) -> Iterable[Sink]:
+        if isinstance(sinks, str):
+            if sinks not in ("secondary", "primary", "all"):
+                raise InputError(
+                    f"sinks={sinks!r}; use 'secondary', 'primary', 'all', sinks or positions"
+                )
+            return [sink for sink in self.sinks if sinks in ("all", sink.kind)]
+        several = sinks if isinstance(sinks, Iterable) and not isinstance(sinks, Sink) else [sinks]
+        return [sink for entry in several for sink in self._at(entry)]
+
+    def _at(self, entry: Any) -> list[Sink]:
+        """The sink itself, or the lives of the token at a position."""
+        if isinstance(entry, Sink):
+            if entry not in self.sinks and entry.kind != "chosen":
+                raise InputError(f"{entry!r} is not a sink of this map ({self!r})")
+            return [entry]
+        try:
+            position = operator.index(entry)
+        except TypeError:
+            position = -1
+        if isinstance(entry, bool) or not 0 <= position < self.n_tokens:
+            raise InputError(
+                f"sinks contains {entry!r}; a position is an integer from 0 to {self.n_tokens - 1}"
+            )
+        at_position = [sink for sink in self.sinks if sink.position == position]
+        return at_position or [self._as_chosen(position)]
+
+    def _as_chosen(self, position: int) -> Sink:
+        levels = Counter(sink.layers for sink in self.secondary)
+        if levels:
+            layers = levels.most_common(1)[0][0]
+        elif self.phases:
+            layers = tuple(range(*max(self.phases, key=lambda phase: phase[1] - phase[0])))
+        else:
+            raise InputError(
+                f"position {position} is not a sink, and the text has no primary sink whose "
+                "direction it could be measured along"
+            )
+        token_id = -1 if self.tokens is None else int(self.tokens[position])
+        return Sink(position, self.token_strings[position], token_id, "chosen", layers)
 
     def __repr__(self) -> str:
-        name = self.model.get("name", "?")
         phases = " and ".join(f"{start}-{end - 1}" for start, end in self.phases) or "none"
-        processed = ", processed weights" if self.model.get("processing") else ""
+        processed = ", processed weights" if self.provenance.model.processing else ""
         return (
-            f"SinkMap({name!r}, {self.n_tokens} tokens: {len(self.secondary)} secondary sinks, "
-            f"primary at {self.primary_position} in layers {phases}{processed})"
+            f"SinkMap({self.model_name!r}, {self.n_tokens} tokens: "
+            f"{counted(len(self.secondary), 'secondary sink')}, primary at {self.primary_position} in layers {phases}{processed})"
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -189,22 +234,11 @@ class SinkMap(Result):
             InputError: the map holds no measurements (it was read from a published record) or was
                 made with the published criterion, which looks at alignment alone.
         """
-        from secondary_sinks.sinks.criterion import margins
+        from secondary_sinks.sinks.margins import margins
 
         if self.criterion != "evidence" or self.centered_alignment is None:
             raise InputError("margins are known only of maps made with criterion='evidence'")
         return margins(self, n)
-
-
-def _sink_from(entry: dict[str, Any]) -> Sink:
-    evidence = entry.pop("evidence")
-    if evidence is not None:
-        as_tuples: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in evidence.items()
-        }
-        evidence = Evidence(**as_tuples)
-    return Sink(**(entry | {"layers": tuple(entry["layers"])}), evidence=evidence)
 
 
 def _mean(values: tuple[float, ...]) -> float:

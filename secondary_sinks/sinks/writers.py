@@ -21,15 +21,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.sinks.direct_writes import DirectWrite
-from secondary_sinks.sinks.sink_map import Sink
+from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.sinks.direct_writes import DirectWrite, direct_writes
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.statistics import (
     bootstrap_interval,
     percentile_among,
@@ -50,6 +52,9 @@ CO_WRITER = 0.5
 
 """An upstream layer without which the sink does not arise is a feeder if it writes less than this
 share of what the writer writes, and a co-writer otherwise."""
+
+WriterRule = Literal["largest_write", "given"]
+"""How a writer was chosen: by `largest_writes`, or by the caller."""
 
 ControlKind = Literal["writer", "other_layer", "random_direction", "same_token", "ordinary"]
 
@@ -201,43 +206,64 @@ def compare(controls: Sequence[Control], *, seed: int) -> Comparison:
     )
 
 
-def candidates(writes: DirectWrite, chosen: Sequence[Sink]) -> list[int]:
-    """The layer up to each sink's onset whose MLP writes the largest part along its direction,
-    beyond what ordinary tokens get."""
-    return [
-        int(writes.excess[index, : sink.l_start + 1].argmax()) for index, sink in enumerate(chosen)
-    ]
+@dataclass(frozen=True)
+class Writers:
+    """Which layer's MLP an analysis looks at, sink by sink, and how it was chosen."""
+
+    layers: tuple[int, ...]
+    """One for each sink."""
+    rule: WriterRule
 
 
-def given_writers(
-    writers: int | Mapping[int, int],
-    chosen: Sequence[Sink],
-    n_layers: int,
+def resolve_writers(
+    model: Any,
+    sink_map: SinkMap,
+    sinks: Sequence[Sink],
+    writers: int | Mapping[int, int] | None = None,
     *,
     by: Literal["position", "onset"] = "position",
-) -> list[int]:
-    """The layers that the user named, one for each sink.
+    fwd_hooks: Sequence[UserHook] = (),
+) -> Writers:
+    """The layer whose MLP wrote each sink: those that are given, else the largest write.
+
+    Without `writers` it is, sink by sink, the layer up to the onset whose MLP writes the largest
+    part along the sink direction, beyond what ordinary tokens get (`largest_writes`). It costs one
+    pass and is a candidate: `attribute_to_mlps` tests whether it is necessary and sufficient, and
+    its result's `writers` can be passed here.
 
     Args:
+        model: any TransformerLens model.
+        sink_map: the map of the text.
+        sinks: sinks of the map.
         writers: one layer for all, or a mapping to layers.
-        chosen: the sinks.
-        n_layers: of the model.
         by: what is mapped: positions where the sinks are of one text, onsets where they are of
             several, in each of which a position is another token.
+        fwd_hooks: hooks in force in the pass.
 
     Raises:
         InputError: a sink without a layer, or a layer out of range.
     """
-    found = []
-    for sink in chosen:
+    if writers is None:
+        writes = direct_writes(model, sink_map, sinks, fwd_hooks=fwd_hooks)
+        return Writers(tuple(largest_writes(writes, sinks)), "largest_write")
+    layers = []
+    for sink in sinks:
         key = sink.position if by == "position" else sink.l_start
         if isinstance(writers, Mapping) and key not in writers:
             raise InputError(
-                f"writers name no layer for {by} {key} ({sink!r}); they have those for "
-                f"{sorted(writers)}"
+                f"writers has no layer for {by} {key} ({sink!r}), only for {sorted(writers)}"
             )
         layer = writers[key] if isinstance(writers, Mapping) else writers
+        n_layers = int(model.cfg.n_layers)
         if not 0 <= layer < n_layers:
-            raise InputError(f"writer {layer} is out of range: there are {n_layers} layers, from 0")
-        found.append(int(layer))
-    return found
+            raise InputError(f"writer {layer} is out of range: the layers are 0 to {n_layers - 1}")
+        layers.append(int(layer))
+    return Writers(tuple(layers), "given")
+
+
+def largest_writes(writes: DirectWrite, sinks: Sequence[Sink]) -> list[int]:
+    """The layer up to each sink's onset whose MLP writes the largest part along its direction,
+    beyond what ordinary tokens get."""
+    return [
+        int(writes.excess[index, : sink.l_start + 1].argmax()) for index, sink in enumerate(sinks)
+    ]

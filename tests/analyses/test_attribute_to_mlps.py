@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.observe.collectors import ordinary_tokens
+from secondary_sinks.observe.residual_geometry import background_tokens
 from secondary_sinks.planted.planted_model import planted_model, random_planted
 from secondary_sinks.sinks.direct_writes import direct_writes
 
@@ -120,7 +120,7 @@ def test_direct_writes_add_up_in_every_family(tiny, family, tokens_of):
     _, cache = model.run_with_cache(tokens[None])
     for row, sink in enumerate(some):
         residual = cache["resid_post", sink.l_start][0]
-        common = residual[ordinary_tokens(residual)].mean(dim=0)
+        common = residual[background_tokens(residual)].mean(dim=0)
         direction = residual[sinks.primary_position] - common
         direction = direction / direction.norm()
         written = cache["mlp_out", 0][0, sink.position] @ direction
@@ -248,7 +248,7 @@ def test_bad_input(tiny, tokens_of):
     with pytest.raises(ss.InputError, match="other tokens"):
         ss.attribute_to_mlps(host, sinks.tokens.flip(0), sinks)
     with pytest.raises(ss.InputError, match="criterion='evidence'"):
-        ss.attribute_to_mlps(host, ss.detect_sinks(host, sinks.tokens, criterion="reference"))
+        ss.attribute_to_mlps(host, ss.detect_sinks(host, sinks.tokens, criterion="published"))
     stranger = dataclasses.replace(sinks.secondary[0], position=50)
     with pytest.raises(ss.InputError, match="not a sink of this map"):
         ss.attribute_to_mlps(host, sinks, which=[stranger])

@@ -61,7 +61,7 @@ def test_qwen_secondary_sinks_of_the_system_prompt(chat_map):
 
 def test_qwen_by_the_published_rule(qwen):
     """With 24 layers the published label calls a life of 17 layers a BOS sink."""
-    sinks = ss.detect_sinks(qwen, CHAT, max_tokens=400, criterion="reference")
+    sinks = ss.detect_sinks(qwen, CHAT, max_tokens=400, criterion="published")
     by_position = {s.position: s for s in sinks.sinks}
     assert by_position[3].layers == tuple(range(5, 22))
     assert by_position[3].kind == "primary"
@@ -122,6 +122,6 @@ def test_smollm_the_sinks_of_the_first_phase(smollm):
     assert strongest.sink_score > 0.5 * primary.sink_score
     by_norm = sorted(the, key=lambda s: s.norm)
     assert by_norm[-1] == strongest, "the longest vector draws the most attention"
-    reference = ss.detect_sinks(smollm, POEM, criterion="reference")
+    reference = ss.detect_sinks(smollm, POEM, criterion="published")
     assert reference.phases[0][0] == 11, "the published rule looks at the larger rise only"
     assert not {s.position for s in the} & {s.position for s in reference.sinks}

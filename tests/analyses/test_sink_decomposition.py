@@ -10,7 +10,7 @@ import torch
 
 import secondary_sinks as ss
 from secondary_sinks.host.attention_weights import output_weights
-from secondary_sinks.observe.collectors import ordinary_tokens
+from secondary_sinks.observe.residual_geometry import background_tokens
 from secondary_sinks.planted.planted_model import (
     PlantedPhase,
     PlantedSink,
@@ -114,7 +114,7 @@ def test_parts_add_up_in_every_family(make_tiny, family, tokens_of):
     # no norm stands behind.
     _, cache = model.run_with_cache(tokens[None])
     residual = cache["resid_post", 1][0]
-    common = residual[ordinary_tokens(residual)].mean(dim=0)
+    common = residual[background_tokens(residual)].mean(dim=0)
     direction = torch.nn.functional.normalize(residual[sinks.primary_position] - common, dim=0)
     weights = output_weights(model, 2)
     if torch.equal(weights.gain, torch.ones_like(weights.gain)):

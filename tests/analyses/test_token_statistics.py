@@ -10,7 +10,8 @@ from scipy.stats import beta
 
 import secondary_sinks as ss
 from secondary_sinks.analyses.token_statistics import token_class
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 
 import secondary_sinks as ss
 from secondary_sinks.plots.plot_primary_weakening import plot_primary_weakening
-from secondary_sinks.sinks.sink_map import Evidence, Sink, SinkMap
+from secondary_sinks.sinks.sink import Evidence, Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 LIFE = tuple(range(5, 12))
 N_LAYERS, N_TOKENS = 20, 40

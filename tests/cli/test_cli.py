@@ -133,7 +133,7 @@ def test_json_is_all_that_standard_output_holds(folder):
     done = run("detect", folder, "--text", WORDS, "--criterion", "reference", "--json")
     record = json.loads(done.stdout)
     model = ss.load_model(folder, progress=False)
-    expected = ss.detect_sinks(model, WORDS, criterion="reference")
+    expected = ss.detect_sinks(model, WORDS, criterion="published")
     assert record["criterion"] == "reference"
     assert record["n_tokens"] == expected.n_tokens
     assert [sink["layers"] for sink in record["sinks"]] == [
@@ -201,7 +201,7 @@ def test_reference_records_of_prompts_with_outputs(folder, jsonl, tmp_path):
     # <bos> user w4 w6 w8 <eos> <bos> assistant, and then the output.
     assert records[-1]["prompt_len"] == 8
     assert records[-1]["response_len"] == len(WORDS.split())
-    read = ss.read_reference(out / "sink_detection.jsonl")
+    read = ss.read_published(out / "sink_detection.jsonl")
     saved = SinkMap.load(out / "text-0005.safetensors")
     assert [s.layers for s in read[-1].sinks] == [s.layers for s in saved.sinks]
     assert " ".join(saved.token_strings[:8]) == "<bos> <unk> w4 w6 w8 <eos> <bos> <unk>"
@@ -322,7 +322,7 @@ def test_levels_of_saved_maps_and_of_records(invented_maps, tmp_path):
 @pytest.fixture
 def invented_maps(tmp_path):
     """Two saved maps with two sinks each, and one published record."""
-    from secondary_sinks.sinks.sink_map import Sink
+    from secondary_sinks.sinks.sink import Sink
 
     def a_map(name, *sinks):
         return SinkMap(None, (), 99, {"name": name}, "reference", {}, 0, ((1, 9),), sinks)
@@ -331,7 +331,7 @@ def invented_maps(tmp_path):
     twins = [Sink(p, "y", 2, "secondary", tuple(range(8, 18))) for p in (5, 7)]
     files = [a_map("a model", primary, *twins).save(tmp_path / f"{n}.safetensors") for n in "ab"]
     published = a_map("p", primary, Sink(3, "z", 3, "secondary", tuple(range(16, 30))))
-    return files, ss.write_reference(tmp_path / "published.jsonl", published)
+    return files, ss.write_published(tmp_path / "published.jsonl", published)
 
 
 def test_levels_refuses_what_it_cannot_read(tmp_path, folder):

@@ -7,7 +7,7 @@ import torch
 from accelerate import dispatch_model
 
 import secondary_sinks as ss
-from secondary_sinks.host.sites import describe
+from secondary_sinks.host.model_info import describe
 
 N = 40
 

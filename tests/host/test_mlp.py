@@ -9,8 +9,9 @@ import torch
 
 import secondary_sinks as ss
 from secondary_sinks.host import mlp as module
+from secondary_sinks.host.forward import observe
 from secondary_sinks.host.mlp import affine, mlp_of, need_neurons, run_mlp
-from secondary_sinks.host.sites import Site, observe
+from secondary_sinks.host.sites import Site
 
 EXPERTS = ("gpt-oss", "mixtral")
 PLAIN = ("gpt2", "neox")

@@ -341,7 +341,7 @@ def test_bad_maps_and_texts(tiny, tokens_of):
     own = ss.detect_sinks(model, tokens_of(N))
     with pytest.raises(ss.InputError, match="other tokens"):
         ss.counterfactuals(model, tokens_of(N, seed=5), row, sinks=own)
-    reference = ss.detect_sinks(model, tokens_of(N), criterion="reference")
+    reference = ss.detect_sinks(model, tokens_of(N), criterion="published")
     with pytest.raises(ss.InputError, match="criterion='evidence'"):
         ss.counterfactuals(model, reference, row)
     with pytest.raises(ss.InputError, match="no interventions"):

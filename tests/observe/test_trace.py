@@ -7,8 +7,10 @@ import torch
 
 import secondary_sinks as ss
 from secondary_sinks.host import sites as host
+from secondary_sinks.host.forward import observe
 from secondary_sinks.host.identity import check_residual_identity
-from secondary_sinks.host.sites import Site, describe, observe
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.sites import Site
 from secondary_sinks.planted.planted_model import PlantedPhase, planted_model
 
 N = 24  # longer than every sliding window of the tiny models

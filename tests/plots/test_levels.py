@@ -8,7 +8,8 @@ from matplotlib.colors import to_hex
 import secondary_sinks as ss
 from secondary_sinks.plots.plot_sink_levels import plot_sink_levels
 from secondary_sinks.plots.style import COLORS
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 
 def a_map(*lives, name="a model", n_layers=36):

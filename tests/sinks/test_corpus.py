@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import secondary_sinks as ss
 from secondary_sinks.sinks.corpus import distinct_sinks, listed, measured, shared_prefixes
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 texts = st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=6)
 

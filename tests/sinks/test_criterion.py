@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.observe.collectors import Geometry
+from secondary_sinks.observe.residual_geometry import Geometry
 from secondary_sinks.planted.planted_model import (
     PlantedPhase,
     PlantedSink,
@@ -96,7 +96,7 @@ def test_a_common_component_that_fools_the_published_rule():
     host = model.load()
     sinks = ss.detect_sinks(host, tokens)
     assert found(sinks) == planted(model.truth(tokens))
-    reference = ss.detect_sinks(host, tokens, criterion="reference")
+    reference = ss.detect_sinks(host, tokens, criterion="published")
     assert len(reference.sinks) > 48, "nearly every token passes the raw cosine"
     assert (sinks.alignment[6] > 0.9).float().mean() > 0.5
     assert (sinks.centered_alignment[6] > 0.9).sum() == 1 + len(sinks.secondary)
@@ -187,8 +187,8 @@ def test_a_sink_that_outlives_a_break_of_the_primary_stays_secondary():
         centered_alignment=centered,
         persistence=persistence,
         common_norm=torch.zeros(n_layers),
-        ordinary_norm=torch.ones(n_layers),
-        ordinary_centered_norm=torch.ones(n_layers),
+        background_norm=torch.ones(n_layers),
+        background_centered_norm=torch.ones(n_layers),
     )
     detection = evidence.detect(
         geometry,
@@ -218,8 +218,8 @@ def test_more_than_nothing_is_not_yet_attention():
         centered_alignment=centered,
         persistence=torch.tensor([[torch.nan, 0, 1, 1, 1, 0]]),
         common_norm=torch.zeros(6),
-        ordinary_norm=torch.ones(6),
-        ordinary_centered_norm=torch.ones(6),
+        background_norm=torch.ones(6),
+        background_centered_norm=torch.ones(6),
     )
     for factor, expected in ((1e-5, 0), (1.0, 1)):
         score = (attention.uniform_score(n_tokens) * 0.1 * factor).expand(6, 2, n_tokens).clone()

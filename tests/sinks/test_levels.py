@@ -7,7 +7,8 @@ import math
 import pytest
 
 import secondary_sinks as ss
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 
 def make_map(levels, *, n_layers=36, name="hand"):
@@ -124,6 +125,6 @@ def test_the_published_run_is_one_level(tmp_path):
     ]
     path = tmp_path / "qwen3.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    levels = ss.sink_levels(ss.read_reference(path))
+    levels = ss.sink_levels(ss.read_published(path))
     assert [(x.onset, x.lifetime, x.n_sinks) for x in levels.levels] == [(16, 18, 21)]
     assert levels.determinism == 1

@@ -40,7 +40,7 @@ def check_parity(model, tokens, *, chat):
     hidden = torch.stack(out.hidden_states[1:])[:, 0].float()
     candidates = (0, 1, 2) if chat else (0, 1)
     primary, layers, label = published(hidden, tokens.tolist(), candidates, len(hidden))
-    sinks = ss.detect_sinks(model, tokens, criterion="reference", chat=chat)
+    sinks = ss.detect_sinks(model, tokens, criterion="published", chat=chat)
     assert sinks.primary_position == primary
     assert {s.position: list(s.layers) for s in sinks.sinks} == layers
     assert {s.position: s.kind for s in sinks.sinks} == label
@@ -88,18 +88,18 @@ RECORD = {
 def test_records_are_written_as_they_were_read(tmp_path):
     path = tmp_path / "published.jsonl"
     path.write_text(json.dumps(RECORD) + "\n" + json.dumps(RECORD | {"sample_index": 5}) + "\n")
-    maps = ss.read_reference(path)
+    maps = ss.read_published(path)
     assert [m.record["sample_index"] for m in maps] == [4, 5]
     assert [s.position for s in maps[0].secondary] == [12]
     assert maps[0].primary[0].layers == (6, 7, 8, 9)
-    ss.write_reference(tmp_path / "again.jsonl", maps)
+    ss.write_published(tmp_path / "again.jsonl", maps)
     assert (tmp_path / "again.jsonl").read_text() == path.read_text()
 
 
 def test_a_text_without_sinks_can_be_written_and_read(tmp_path, tiny, tokens_of):
     sinks = ss.detect_sinks(tiny("llama"), tokens_of(20))
     assert sinks.sinks == ()
-    (back,) = ss.read_reference(ss.write_reference(tmp_path / "none.jsonl", sinks))
+    (back,) = ss.read_published(ss.write_published(tmp_path / "none.jsonl", sinks))
     assert back.sinks == ()
     assert ss.sink_levels(back).n_texts == 1
 
@@ -109,17 +109,17 @@ def test_older_files_say_cliff(tmp_path):
     record["candidate_sinks"]["12"]["sink_type"] = "cliff"
     path = tmp_path / "older.jsonl"
     path.write_text(json.dumps(record) + "\n")
-    (sinks,) = ss.read_reference(path)
+    (sinks,) = ss.read_published(path)
     assert [s.kind for s in sinks.sinks] == ["primary", "secondary", "noise"]
 
 
 def test_measured_maps_go_out_and_come_back(tmp_path, tiny, tokens_of):
     model = tiny("llama")
     maps = [
-        ss.detect_sinks(model, tokens_of(20, seed=seed), criterion="reference") for seed in (0, 1)
+        ss.detect_sinks(model, tokens_of(20, seed=seed), criterion="published") for seed in (0, 1)
     ]
-    path = ss.write_reference(tmp_path / "own.jsonl", maps, prompt_lengths=[5, 6])
-    back = ss.read_reference(path)
+    path = ss.write_published(tmp_path / "own.jsonl", maps, prompt_lengths=[5, 6])
+    back = ss.read_published(path)
     assert [m.record["prompt_len"] for m in back] == [5, 6]
     assert [m.record["response_len"] for m in back] == [15, 14]
     for one, other in zip(maps, back, strict=True):
@@ -147,9 +147,9 @@ def test_a_corrupt_line_is_named(tmp_path, line):
     path = tmp_path / "corrupt.jsonl"
     path.write_text(json.dumps(RECORD) + "\n\n" + line + "\n")
     with pytest.raises(ss.InputError, match="line 3"):
-        ss.read_reference(path)
+        ss.read_published(path)
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(ss.LoadError, match="nowhere"):
-        ss.read_reference(tmp_path / "nowhere.jsonl")
+        ss.read_published(tmp_path / "nowhere.jsonl")

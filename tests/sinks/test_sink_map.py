@@ -62,8 +62,8 @@ def test_evidence_is_read_from_the_arrays(sinks):
         token = sink.position
         assert evidence.alignment == tuple(sinks.alignment[rows, token].tolist())
         assert evidence.norm == tuple(sinks.norm[rows, token].tolist())
-        centered = sinks.centered_norm[:, token] / sinks.ordinary_centered_norm
-        ratio = sinks.norm[:, token] / sinks.ordinary_norm
+        centered = sinks.centered_norm[:, token] / sinks.background_centered_norm
+        ratio = sinks.norm[:, token] / sinks.background_norm
         assert evidence.centered_norm_ratio == tuple(centered[rows].tolist())
         assert evidence.norm_ratio == tuple(ratio[rows].tolist())
         if token < 64 - 8:  # seen by enough queries to have a score of its own
@@ -81,7 +81,7 @@ def test_representations(sinks):
 
 
 def test_margins_want_measurements(sinks, tiny, tokens_of):
-    reference = ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="reference")
+    reference = ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="published")
     with pytest.raises(ss.InputError, match="criterion='evidence'"):
         reference.margins()
 
@@ -90,7 +90,7 @@ def test_bad_criterion(tiny, tokens_of):
     with pytest.raises(ss.InputError, match="criterion"):
         ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="published")
     with pytest.raises(ss.InputError, match="min_alignment"):
-        ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="reference", min_alignment=0.8)
+        ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="published", min_alignment=0.8)
 
 
 def test_many_texts_in_order(tiny, tokens_of):

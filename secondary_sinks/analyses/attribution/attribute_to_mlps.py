@@ -15,14 +15,15 @@ from secondary_sinks.analyses.attribution.attribution_result import (
 )
 from secondary_sinks.analyses.attribution.attribution_rows import ControlPlan, Sweep, Target
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.counterfactuals import counterfactuals
 from secondary_sinks.intervene.engine import Method
 from secondary_sinks.intervene.mean_activations import MeanActivations
 from secondary_sinks.sinks.direct_writes import direct_writes
 from secondary_sinks.sinks.selection import chosen_sinks, sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.sinks.writers import MAX_LEFT, Control, candidates, compare, judge
 
 

@@ -112,7 +112,7 @@ class MlpAttribution(Result):
     engine: str
     """Which engine ran the rows: "packed" or "full"."""
     model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.HostInfo`)."""
+    """Name, generation, depth and weight processing of the model (`host.sites.ModelInfo`)."""
     primary_position: int
 
     def __repr__(self) -> str:

@@ -22,7 +22,8 @@ from secondary_sinks.intervene.counterfactuals import CounterfactualRows
 from secondary_sinks.intervene.edits import Edit, Mean, Resample, Zero
 from secondary_sinks.intervene.interventions import EditSite, Intervention
 from secondary_sinks.intervene.mean_activations import MeanActivations
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.sinks.writers import Control, ControlKind
 
 PLAIN = 2.0

@@ -93,7 +93,7 @@ class SinkDecomposition(Result):
     engine: str
     """Which engine ran the rows; empty with `verify=False`."""
     model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.HostInfo`)."""
+    """Name, generation, depth and weight processing of the model (`host.sites.ModelInfo`)."""
     primary_position: int
 
     def __repr__(self) -> str:

@@ -32,7 +32,7 @@ from secondary_sinks.host.attention_weights import (
     check_head_sum,
     output_weights,
 )
-from secondary_sinks.host.sites import UserHook
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import Scale, Zero
@@ -48,7 +48,8 @@ from secondary_sinks.sinks.direct_writes import (
     sink_directions,
 )
 from secondary_sinks.sinks.selection import chosen_sinks, sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 
 def sink_decomposition(

@@ -21,6 +21,8 @@ from secondary_sinks.analyses.heads.head_reads_result import (
     over_matched,
 )
 from secondary_sinks.errors import InputError, ModelError
+from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.queries_keys import (
     QueryKeyPlan,
     by_query_head,
@@ -28,12 +30,12 @@ from secondary_sinks.host.queries_keys import (
     query_key_plan,
     rotate,
 )
-from secondary_sinks.host.sites import UserHook, describe
 from secondary_sinks.host.text_input import Text
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.sinks.selection import chosen_sinks, sink_map_of
-from secondary_sinks.sinks.sink_map import Sink, SinkMap
+from secondary_sinks.sinks.sink import Sink
+from secondary_sinks.sinks.sink_map import SinkMap
 
 _FACTORS = ("logit", *PARTS, "key_norm", "query_norm", "cosine", "value_norm")
 

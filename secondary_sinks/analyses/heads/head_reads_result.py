@@ -130,7 +130,7 @@ class HeadReads(Result):
     NaN where logits could not be taken apart."""
     seed: int
     model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.HostInfo`)."""
+    """Name, generation, depth and weight processing of the model (`host.sites.ModelInfo`)."""
     notes: tuple[str, ...] = ()
     """What could not be told apart in this model."""
 

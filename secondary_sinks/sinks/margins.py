@@ -1,0 +1,62 @@
+"""Which tokens came nearest to being called sinks, and which test they failed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from secondary_sinks.errors import InputError
+from secondary_sinks.sinks.criterion import next_layer, norm_ratio
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from secondary_sinks.sinks.sink_map import SinkMap
+
+
+def margins(sinks: SinkMap, n: int | None) -> pd.DataFrame:
+    """See `SinkMap.margins`."""
+    import pandas as pd
+
+    thresholds = sinks.thresholds
+    centered_alignment, attention = sinks.centered_alignment, sinks.attention_ratio
+    norm, background = sinks.centered_norm, sinks.background_centered_norm
+    if centered_alignment is None or attention is None or norm is None or background is None:
+        raise InputError("this map holds no measurements")
+    passed = torch.stack(
+        [
+            centered_alignment / thresholds["min_alignment"],
+            norm_ratio(norm, background) / thresholds["min_norm_ratio"],
+            next_layer(attention) / thresholds["min_attention_ratio"],
+        ]
+    )  # [test, layer, token]
+    inside = torch.zeros(passed.shape[1], dtype=torch.bool)
+    for start, end in sinks.phases or ((0, passed.shape[1]),):
+        inside[start:end] = True
+    closeness = passed.nan_to_num(nan=0.0).amin(dim=0)
+    closeness[~inside] = -torch.inf
+    nearest, layer = closeness.max(dim=0)
+    called = {sink.position for sink in sinks.sinks} | {sinks.primary_position}
+    tests = ("alignment", "magnitude", "attention")
+    rows = []
+    for token in nearest.argsort(descending=True).tolist():
+        if token in called:
+            continue
+        values = passed[:, layer[token], token]
+        rows.append(
+            {
+                "position": token,
+                "token": sinks.token_strings[token],
+                "layer": int(layer[token]),
+                "alignment": float(values[0]),
+                "magnitude": float(values[1]),
+                "attention": float(values[2]),
+                "closeness": float(nearest[token]),
+                "failed": tests[int(values.nan_to_num(nan=0.0).argmin())],
+            }
+        )
+        if n is not None and len(rows) == n:
+            break
+    columns = ["position", "token", "layer", *tests, "closeness", "failed"]
+    return pd.DataFrame(rows, columns=columns)

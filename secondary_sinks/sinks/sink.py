@@ -1,0 +1,74 @@
+"""A sink: which token, after which layers, and the evidence for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["primary", "secondary", "noise", "chosen"]
+"""What a sink is: the published criterion knows "noise" as well, and "chosen" is a token that is no
+sink, named by its position for an analysis (`SinkMap.select`)."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Why a token was called a sink. Each tuple has one entry for each layer in `Sink.layers`."""
+
+    alignment: tuple[float, ...]
+    """Cosine of its residual with the primary's."""
+    centered_alignment: tuple[float, ...]
+    """The same after the common component was subtracted from both."""
+    norm: tuple[float, ...]
+    """Norm of its residual."""
+    norm_ratio: tuple[float, ...]
+    """That norm over the median background token's."""
+    centered_norm_ratio: tuple[float, ...]
+    """The same without the common component: compared with `min_norm_ratio`."""
+    sink_score: tuple[float, ...]
+    """Attention drawn in the next layer: its sink score there, averaged over heads. NaN where there
+    is no next layer or no later query."""
+    attention_ratio: float
+    """Attention drawn over the whole life, over what ordinary tokens nearby draw in the same
+    layers (`sinks.attention_baseline`). NaN where no later token could attend to it."""
+    n_queries: int
+    """How many later tokens could attend to it. With few of them attention is weak evidence."""
+
+
+@dataclass(frozen=True)
+class Sink:
+    """One life of one sink: an unbroken run of layers (in the published criterion: all layers)."""
+
+    position: int
+    token: str
+    token_id: int
+    kind: Kind
+    layers: tuple[int, ...]
+    """0-based blocks after which the residual is that of a sink; block l + 1 shows the attention."""
+    evidence: Evidence | None = field(default=None, repr=False)
+
+    @property
+    def l_start(self) -> int:
+        """Onset: the first of `layers`."""
+        return self.layers[0]
+
+    @property
+    def lifetime(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    @property
+    def level(self) -> tuple[int, int]:
+        """(onset, lifetime)."""
+        return self.l_start, self.lifetime
+
+    @property
+    def sink_score(self) -> float:
+        """Mean over the life of the attention drawn in the next layer; NaN if it was not seen."""
+        scores = [s for s in (self.evidence.sink_score if self.evidence else ()) if s == s]
+        return sum(scores) / len(scores) if scores else math.nan
+
+    @property
+    def norm(self) -> float:
+        """Residual norm in the onset layer; NaN without evidence."""
+        return self.evidence.norm[0] if self.evidence else math.nan
