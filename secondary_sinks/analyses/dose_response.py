@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from secondary_sinks.analyses.attribution.attribution_rows import Target
+from secondary_sinks.analyses.target import Target
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
@@ -171,7 +171,7 @@ def _result(
         lifetime_correlation=spearman(written, is_sink.sum(dim=1).float(), seed=seed),
         seed=seed,
         engine=rows.engine,
-        model=target.sinks.model,
+        model=target.sink_map.model,
     )
 
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from secondary_sinks.analyses.attribution.attribution_rows import Target
 from secondary_sinks.analyses.mlp_records import record_mlps
+from secondary_sinks.analyses.target import Target
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.mlp import run_mlp
 from secondary_sinks.host.model_info import describe
@@ -210,10 +210,10 @@ def _read(
     seed: int,
     fwd_hooks: Sequence[UserHook],
 ) -> _TextInputs:
-    targets = [Target.of(clean.sinks, s, n_controls=n_controls, seed=seed) for s in chosen]
+    targets = [Target.of(clean.sink_map, s, n_controls=n_controls, seed=seed) for s in chosen]
     sinks = sorted({target.sink.position for target in targets})
     matched = sorted({position for target in targets for position in target.matched})
-    record = record_mlps(model, clean.sinks, {layer: [*sinks, *matched]}, fwd_hooks=fwd_hooks)[
+    record = record_mlps(model, clean.sink_map, {layer: [*sinks, *matched]}, fwd_hooks=fwd_hooks)[
         layer
     ]
     centered = clean.primary[layer] - clean.common[layer]

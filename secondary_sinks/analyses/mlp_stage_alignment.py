@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.analyses.attribution.attribution_rows import Target
 from secondary_sinks.analyses.mlp_records import MlpRecord, record_mlps
+from secondary_sinks.analyses.target import Target
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.analyses.attribution.attribution_rows import Target
 from secondary_sinks.analyses.mlp_records import MlpRecord, record_mlps
+from secondary_sinks.analyses.target import Target
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.mlp import need_neurons
 from secondary_sinks.host.model_info import describe

@@ -139,14 +139,14 @@ def _result(
     reverse: bool,
 ) -> SinkRemoval:
     before, (edited, *controls) = states
-    primary = clean.sinks.primary_position
+    primary = clean.sink_map.primary_position
     positions = [position for position, _ in where[0]]
     outputs = [_output(state) for state in (edited, *controls)]
     scores = [state.sink_score[:, :, primary] for state in controls]
     losses = [output.token_loss for output in outputs[1:]]
     return SinkRemoval(
-        model=clean.sinks.model,
-        token_strings=clean.sinks.token_strings,
+        model=clean.sink_map.model,
+        token_strings=clean.sink_map.token_strings,
         primary_position=primary,
         sinks=tuple(dataclasses.replace(sink, evidence=None) for sink in meant),
         where=tuple(where[0]),
@@ -209,7 +209,7 @@ def _matched(
     """An ordinary token nearby for each edited one, with the same layers; each is used once."""
     n_tokens = len(clean.tokens)
     # The last tokens are left out, as for sink scores: too few later tokens see what is done there.
-    last = n_tokens - int(clean.sinks.thresholds["min_queries"])
+    last = n_tokens - int(clean.sink_map.thresholds["min_queries"])
     ordinary = [p for p in clean.ordinary.nonzero().flatten().tolist() if p < last]
     free = set(ordinary) - set(taken)
     stands_for: dict[int, int] = {}

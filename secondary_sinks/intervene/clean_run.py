@@ -76,7 +76,7 @@ class KeptText:
 class CleanRun:
     """One text as the model runs it without interventions."""
 
-    sinks: SinkMap
+    sink_map: SinkMap
     visible: tuple[Bool[Tensor, " query key"], ...] = ()
     """Which keys a query sees, once for each kind of layer (full, sliding window), if kept."""
     kind_of_layer: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ class CleanRun:
     def of(
         cls,
         model: Any,
-        sinks: SinkMap,
+        sink_map: SinkMap,
         *,
         fwd_hooks: Sequence[UserHook] = (),
         keep: KeepText | KeepMasks | None = None,
@@ -101,7 +101,7 @@ class CleanRun:
 
         Args:
             model: any TransformerLens model.
-            sinks: the sink map of the text.
+            sink_map: the sink map of the text.
             fwd_hooks: the user's hooks.
             keep: what to keep for rows.
 
@@ -109,24 +109,24 @@ class CleanRun:
             ModelError: see `trace`; with `KeepText`, also if attention cannot be streamed.
         """
         if keep is None:
-            return cls(sinks)
+            return cls(sink_map)
         collectors: list[Collector] = (
             [_Text(keep)] if isinstance(keep, KeepText) else [_Visible(), _Residuals(keep.begin_at)]
         )
         attention = "streaming" if isinstance(keep, KeepText) else "auto"
-        tokens = cast(Tensor, sinks.tokens)
+        tokens = cast(Tensor, sink_map.tokens)
         results = cast(
             Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks, attention=attention)
         )
         if isinstance(keep, KeepText):
-            return cls(sinks, kept=results["_Text"])
+            return cls(sink_map, kept=results["_Text"])
         visible, kind_of_layer = results["_Visible"]
-        return cls(sinks, visible, kind_of_layer, results["_Residuals"])
+        return cls(sink_map, visible, kind_of_layer, results["_Residuals"])
 
     @property
     def tokens(self) -> Int[Tensor, " token"]:
         """Token ids."""
-        return _measured(self.sinks.tokens)
+        return _measured(self.sink_map.tokens)
 
     @property
     def n_layers(self) -> int:
@@ -136,39 +136,39 @@ class CleanRun:
     @property
     def primary(self) -> Float[Tensor, " layer d_model"]:
         """The primary sink's residual."""
-        return _measured(self.sinks.primary_residual)
+        return _measured(self.sink_map.primary_residual)
 
     @property
     def common(self) -> Float[Tensor, " layer d_model"]:
         """The common component."""
-        return _measured(self.sinks.common_residual)
+        return _measured(self.sink_map.common_residual)
 
     @property
     def score(self) -> Float[Tensor, " layer head token"]:
         """Mean attention from all later queries."""
-        return _measured(self.sinks.mean_attention)
+        return _measured(self.sink_map.mean_attention)
 
     @property
     def judge(self) -> Criterion:
         """The criterion, with the baselines of this text."""
-        if self.sinks.judge is None:
-            raise InputError(f"{self.sinks!r} holds no baselines to judge edited tokens by")
-        return self.sinks.judge
+        if self.sink_map.judge is None:
+            raise InputError(f"{self.sink_map!r} holds no baselines to judge edited tokens by")
+        return self.sink_map.judge
 
     @property
     def geometry(self) -> TokenGeometry:
         """Every token's residual, as rows are measured."""
         return TokenGeometry(
-            alignment=_measured(self.sinks.alignment),
-            centered_alignment=_measured(self.sinks.centered_alignment),
-            norm=_measured(self.sinks.norm),
-            centered_norm=_measured(self.sinks.centered_norm),
+            alignment=_measured(self.sink_map.alignment),
+            centered_alignment=_measured(self.sink_map.centered_alignment),
+            norm=_measured(self.sink_map.norm),
+            centered_norm=_measured(self.sink_map.centered_norm),
         )
 
     @cached_property
     def ordinary(self) -> Bool[Tensor, " token"]:
         """See `sinks.controls.ordinary_tokens`."""
-        return ordinary_tokens(self.sinks)
+        return ordinary_tokens(self.sink_map)
 
     @property
     def shows_scores(self) -> bool:

@@ -31,7 +31,7 @@ class CounterfactualRows:
     """The trajectories of edited tokens, one row for each intervention (or group of them)."""
 
     rows: tuple[Row, ...]
-    sinks: SinkMap
+    sink_map: SinkMap
     """The clean text's sinks, whose primary, phases and thresholds judge the rows."""
     alignment: Float[Tensor, "row layer"]
     """Cosine of the edited token's residual with the clean primary's."""
@@ -75,7 +75,7 @@ class CounterfactualRows:
     def clean_lifetime(self) -> Int[Tensor, "row"]:
         """The same of the unedited token."""
         alive = dict.fromkeys(self.positions.tolist(), 0)
-        for sink in self.sinks.sinks:
+        for sink in self.sink_map.sinks:
             if sink.position in alive:
                 alive[sink.position] += sink.lifetime
         return torch.tensor([alive[position] for position in self.positions.tolist()])
@@ -102,13 +102,13 @@ class CounterfactualRows:
 
         inside = self._inside_phases()
         positions = self.positions
-        clean_norm = _required(self.sinks.norm)[:, positions].T
+        clean_norm = _required(self.sink_map.norm)[:, positions].T
         frame = pd.DataFrame(
             {
                 "site": [" + ".join(one.site for one in row) for row in self.rows],
                 "layer": [row[0].layer for row in self.rows],
                 "position": positions.tolist(),
-                "token": [self.sinks.token_strings[p] for p in positions.tolist()],
+                "token": [self.sink_map.token_strings[p] for p in positions.tolist()],
                 "edit": [" + ".join(_spell(one) for one in row) for row in self.rows],
                 "lifetime": self.lifetime.tolist(),
                 "clean_lifetime": self.clean_lifetime.tolist(),
@@ -124,7 +124,7 @@ class CounterfactualRows:
         return frame
 
     def _inside_phases(self) -> list[int]:
-        inside = [layer for start, end in self.sinks.phases for layer in range(start, end)]
+        inside = [layer for start, end in self.sink_map.phases for layer in range(start, end)]
         return inside or list(range(self.norm.shape[1]))
 
 
@@ -210,7 +210,7 @@ def counterfactuals(
         )
     return CounterfactualRows(
         rows=tuple(rows),
-        sinks=sink_map,
+        sink_map=sink_map,
         alignment=states.alignment,
         centered_alignment=states.centered_alignment,
         norm=states.norm,

@@ -47,7 +47,7 @@ _tested: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], float]] = weakref.
 
 def clean_run_for_rows(
     model: Any,
-    sinks: SinkMap,
+    sink_map: SinkMap,
     method: Method,
     *,
     positions: Iterable[int],
@@ -59,7 +59,7 @@ def clean_run_for_rows(
 
     Args:
         model: any TransformerLens model.
-        sinks: the sink map of the text.
+        sink_map: the sink map of the text.
         method: an engine, or "auto", which keeps the text for cached rows where attention can be
             streamed and there are no hooks, and masks for packed ones elsewhere.
         positions: the tokens of the rows to come.
@@ -74,12 +74,14 @@ def clean_run_for_rows(
     if method == "cached" or (method == "auto" and not (fwd_hooks or has_hooks(model))):
         read = layer_sites(["resid_pre", "resid_post"], describe(model).n_layers)
         try:
-            path_of_attention(model, cast(Tensor, sinks.tokens), "streaming", sites=[*read, *sites])
+            path_of_attention(
+                model, cast(Tensor, sink_map.tokens), "streaming", sites=[*read, *sites]
+            )
             keep = KeepText(positions, sites)
         except ModelError:
             if method == "cached":
                 raise
-    return CleanRun.of(model, sinks, fwd_hooks=fwd_hooks, keep=keep)
+    return CleanRun.of(model, sink_map, fwd_hooks=fwd_hooks, keep=keep)
 
 
 def choose_engine(
@@ -155,7 +157,7 @@ def _self_test(model: Any, clean: CleanRun, engine: FastEngine) -> float | None:
 def _against_full(model: Any, clean: CleanRun, engine: FastEngine, n_tokens: int) -> float:
     """The difference on the first tokens of the text, without hooks of the user's own."""
     tokens = clean.tokens[:n_tokens]
-    sinks = detect_sinks(model, tokens, primary=clean.sinks.primary_position)
+    sinks = detect_sinks(model, tokens, primary=clean.sink_map.primary_position)
     middle = describe(model).n_layers // 3
     late, early = rows_of(
         [

@@ -7,30 +7,21 @@ list of interventions, remember which row is which, and read the result of `coun
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from secondary_sinks.analyses.attribution.attribution_result import Ablation, Transplant
-from secondary_sinks.errors import InputError
+from secondary_sinks.analyses.target import Target
 from secondary_sinks.intervene.counterfactuals import CounterfactualRows
 from secondary_sinks.intervene.edits import Edit, Mean, Resample, Zero
 from secondary_sinks.intervene.interventions import EditSite, Intervention
 from secondary_sinks.intervene.mean_activations import MeanActivations
-from secondary_sinks.sinks.sink import Sink
-from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.sinks.writers import Control, ControlKind
-
-PLAIN = 2.0
-"""Matched tokens have at most this many times the median centered norm while the sink lives: a
-token that is massive in a direction of its own says nothing about ordinary ones."""
-POOL = 4
-"""Matched tokens are drawn from this many times as many that are nearest in position."""
 
 _ABLATIONS: dict[str, tuple[EditSite, Edit]] = {
     "mlp_zero": ("mlp_out", Zero()),
@@ -55,131 +46,6 @@ class RandomDirection:
         norm = clean[self.source].float().norm()
         scaled: Tensor = (vector / vector.norm() * norm).to(value.dtype)
         return scaled
-
-
-@dataclass(frozen=True)
-class Target:
-    """A sink with what its rows are measured by, and the tokens that it is compared with."""
-
-    sink: Sink
-    sinks: SinkMap
-    phase: slice
-    """The primary phase that it lives in."""
-    matched: tuple[int, ...]
-    """Ordinary tokens nearby."""
-    same_token: tuple[int, ...]
-    """The same token id where it is no sink."""
-
-    @classmethod
-    def of(cls, sinks: SinkMap, sink: Sink, *, n_controls: int = 8, seed: int = 0) -> Target:
-        """Choose the tokens to compare with; the choice depends on the seed and on the sink."""
-        phase = next(
-            (slice(start, end) for start, end in sinks.phases if start <= sink.l_start < end), None
-        )
-        if phase is None:
-            raise InputError(f"{sink!r} lies outside the primary phases {sinks.phases}")
-        rng = np.random.default_rng([seed, sink.position, sink.l_start])
-        return cls(
-            sink=sink,
-            sinks=sinks,
-            phase=phase,
-            matched=_matched(sinks, sink, phase, n_controls, rng),
-            same_token=_same_token(sinks, sink, n_controls, rng),
-        )
-
-    @property
-    def life(self) -> list[int]:
-        """Layers of the clean sink's life."""
-        return list(self.sink.layers)
-
-    @property
-    def shown(self) -> list[int]:
-        """Layers whose attention shows that life."""
-        depth = int(self.sinks.model["n_layers"])
-        return [layer + 1 for layer in self.sink.layers if layer + 1 < depth]
-
-    @property
-    def clean_lifetime(self) -> int:
-        """Layers of the phase after which the unedited token is a sink."""
-        own = [s for s in self.sinks.sinks if s.position == self.sink.position]
-        return sum(s.lifetime for s in own if self.phase.start <= s.l_start < self.phase.stop)
-
-    def lifetime(self, rows: CounterfactualRows) -> Int[Tensor, "row"]:
-        """Layers of the phase after which each row's token is a sink."""
-        return rows.is_sink[:, self.phase].sum(dim=1)
-
-    def score(self, rows: CounterfactualRows) -> Float[Tensor, "row"]:
-        """Direct sink score over heads and the layers that show the life."""
-        return rows.direct_score[:, self.shown].mean(dim=(1, 2))
-
-    def clean_score(self) -> float:
-        """The same of the unedited token; NaN where the map has none."""
-        if self.sinks.sink_score is None or not self.shown:
-            return math.nan
-        return float(self.sinks.sink_score[self.shown, :, self.sink.position].mean())
-
-    def along(self, rows: CounterfactualRows, row: int) -> float:
-        """Length of a row's residual along the sink direction after the onset layer."""
-        onset = self.sink.l_start
-        return float(rows.centered_norm[row, onset] * rows.centered_alignment[row, onset])
-
-    def clean_norm(self) -> float:
-        """Residual norm of the unedited token, mean over the life."""
-        return _life_mean(self.sinks.norm, self.life, self.sink.position)
-
-    def clean_alignment(self) -> float:
-        """Centered alignment of the unedited token, mean over the life."""
-        return _life_mean(self.sinks.centered_alignment, self.life, self.sink.position)
-
-    def clean_length(self) -> float:
-        """Length of the unedited token along the sink direction, mean over the life."""
-        norm, alignment = self.sinks.centered_norm, self.sinks.centered_alignment
-        if norm is None or alignment is None:
-            return math.nan
-        return _life_mean(norm * alignment, self.life, self.sink.position)
-
-    def clean_along(self, position: int) -> float:
-        """The same of any unedited token."""
-        norm, alignment = self.sinks.centered_norm, self.sinks.centered_alignment
-        if norm is None or alignment is None:
-            return math.nan
-        onset = self.sink.l_start
-        return float(norm[onset, position] * alignment[onset, position])
-
-
-def _matched(
-    sinks: SinkMap, sink: Sink, phase: slice, n: int, rng: np.random.Generator
-) -> tuple[int, ...]:
-    """Ordinary tokens near the sink, of other kinds than any sink."""
-    tokens, norm = sinks.tokens, sinks.centered_norm
-    if tokens is None or norm is None:
-        return ()
-    ordinary: Bool[Tensor, "token"] = torch.ones(sinks.n_tokens, dtype=torch.bool)
-    ordinary[[sinks.primary_position, *(s.position for s in sinks.sinks)]] = False
-    n_later = torch.arange(sinks.n_tokens - 1, -1, -1)
-    seen = ordinary & (n_later >= int(sinks.thresholds.get("min_queries", 1)))
-    ids = torch.tensor([s.token_id for s in sinks.sinks])
-    other = seen & ~torch.isin(tokens, ids)
-    # Up to the last layer but one, where some models write large, unrelated vectors.
-    inside = norm[phase.start : max(phase.start + 1, min(phase.stop, norm.shape[0] - 1))]
-    median = inside.median(dim=1, keepdim=True).values
-    plain = other & (inside <= PLAIN * median).all(dim=0)
-    allowed = next((kind for kind in (plain, other, seen) if int(kind.sum()) >= n), seen)
-    positions = allowed.nonzero().flatten()
-    distance = ((positions + 1).log() - math.log(sink.position + 1)).abs()
-    nearest = positions[distance.argsort(stable=True)[: POOL * n]].numpy()
-    return tuple(sorted(rng.permutation(nearest)[:n].tolist()))
-
-
-def _same_token(sinks: SinkMap, sink: Sink, n: int, rng: np.random.Generator) -> tuple[int, ...]:
-    taken = {sinks.primary_position, *(s.position for s in sinks.sinks)}
-    tokens = [] if sinks.tokens is None else sinks.tokens.tolist()
-    same = [p for p, t in enumerate(tokens[:-1]) if t == sink.token_id and p not in taken]
-    return tuple(sorted(rng.permutation(same)[:n].astype(int).tolist()))
-
-
-def _life_mean(values: Float[Tensor, "layer token"] | None, life: list[int], token: int) -> float:
-    return math.nan if values is None else float(values[life, token].mean())
 
 
 class Sweep:

@@ -179,7 +179,7 @@ def _writes(
     same directions, and what heads write at the sinks'."""
     positions = [sink.position for sink in chosen]
     at_primary = Projections(
-        [clean.sinks.primary_position] * len(chosen), directions, clean.ordinary
+        [clean.sink_map.primary_position] * len(chosen), directions, clean.ordinary
     )
     at_primary.name = "primary"
     collectors: list[Collector] = [
@@ -308,7 +308,7 @@ class _Test:
         return dataclasses.replace(
             clean,
             primary=primary,
-            sinks=dataclasses.replace(clean.sinks, phases=phases),
+            sinks=dataclasses.replace(clean.sink_map, phases=phases),
             # A pass that begins later would take what was measured against the primary before it.
             begin_by=last + 1,
         )

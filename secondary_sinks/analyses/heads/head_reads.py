@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secondary_sinks.analyses.attribution.attribution_rows import Target
 from secondary_sinks.analyses.heads.head_reads_result import (
     MOST,
     PARTS,
@@ -20,6 +19,7 @@ from secondary_sinks.analyses.heads.head_reads_result import (
     later_queries,
     over_matched,
 )
+from secondary_sinks.analyses.target import Target
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.protocol import UserHook
