@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secondary_sinks.errors import InputError, SecondarySinksError
+from secondary_sinks.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from secondary_sinks.sinks.levels import SinkLevels
-    from secondary_sinks.sinks.sink_map import SinkMap
+    from secondary_sinks.sink_map.levels import SinkLevels
+    from secondary_sinks.sink_map.sinks import SinkMap
 
 
 def writable_folder(folder: Path | None) -> Path | None:
@@ -38,14 +37,14 @@ def writable_folder(folder: Path | None) -> Path | None:
     return folder
 
 
-def write_map(folder: Path, name: str, sinks: SinkMap) -> list[Path]:
+def write_map(folder: Path, name: str, sink_map: SinkMap) -> list[Path]:
     """Write a map as data, as a table and as a picture; the paths written."""
     from secondary_sinks.plots.style import save_figure
 
     return [
-        sinks.save(folder / f"{name}.safetensors"),
-        write_csv(folder / f"{name}.csv", sinks.to_frame()),
-        save_figure(sinks.plot(), folder / f"{name}.png"),
+        sink_map.save(folder / f"{name}.safetensors"),
+        write_csv(folder / f"{name}.csv", sink_map.to_frame()),
+        save_figure(sink_map.plot(), folder / f"{name}.png"),
     ]
 
 
@@ -66,7 +65,7 @@ def write_levels(folder: Path, levels: Sequence[SinkLevels]) -> list[Path]:
     frames = []
     for own in levels:
         frame = own.to_frame()
-        frame.insert(0, "model", own.model)
+        frame.insert(0, "model", own.provenance.model.name)
         frames.append(frame)
     return [
         write_csv(folder / "levels.csv", pd.concat(frames, ignore_index=True)),
@@ -79,77 +78,39 @@ def write_texts(folder: Path, maps: Sequence[SinkMap], names: Sequence[str]) -> 
     import pandas as pd
 
     frames = []
-    for sinks, name in zip(maps, names, strict=True):
-        frame = sinks.to_frame()
+    for sink_map, name in zip(maps, names, strict=True):
+        frame = sink_map.to_frame()
         frame.insert(0, "text", name)
         frames.append(frame)
     return write_csv(folder / "sinks.csv", pd.concat(frames, ignore_index=True))
 
 
-def json_record(name: str, sinks: SinkMap) -> dict[str, Any]:
+def json_record(name: str, sink_map: SinkMap) -> dict[str, Any]:
     """A map without its arrays, of what JSON can hold; what is not known is null."""
-    rows = json.loads(sinks.to_frame().to_json(orient="records", double_precision=6))
-    for row, sink in zip(rows, sinks.sinks, strict=True):
+    rows = json.loads(sink_map.to_frame().to_json(orient="records", double_precision=6))
+    for row, sink in zip(rows, sink_map.sinks, strict=True):
         row["layers"] = list(sink.layers)
     return {
         "text": name,
-        "model": sinks.model,
-        "n_tokens": sinks.n_tokens,
-        "criterion": sinks.criterion,
-        "thresholds": sinks.thresholds,
-        "primary_position": sinks.primary_position,
-        "phases": sinks.phases,
+        "model": dataclasses.asdict(sink_map.provenance.model),
+        "weights": sink_map.provenance.weights,
+        "n_tokens": sink_map.n_tokens,
+        "criterion": sink_map.criterion,
+        "thresholds": sink_map.thresholds,
+        "primary_position": sink_map.primary_position,
+        "phases": sink_map.phases,
         "sinks": rows,
-        "notes": sinks.notes,
+        "notes": sink_map.notes,
     }
 
 
-def without_arrays(sinks: SinkMap) -> SinkMap:
+def without_arrays(sink_map: SinkMap) -> SinkMap:
     """The map with its sinks only: of a long text the arrays are most of the memory."""
-    return dataclasses.replace(
-        sinks,
-        alignment=None,
-        centered_alignment=None,
-        norm=None,
-        centered_norm=None,
-        ordinary_norm=None,
-        background_centered_norm=None,
-        sink_score=None,
-        attention_ratio=None,
-    )
+    import torch
 
-
-def read_maps(files: Sequence[Path]) -> dict[str, list[SinkMap]]:
-    """Saved and published maps, by model.
-
-    Raises:
-        LoadError: a file cannot be read or is no sink map.
-        InputError: an ending that says neither, a line that is no record, or no maps at all.
-    """
-    from secondary_sinks.sinks.published_files import read_published
-    from secondary_sinks.sinks.sink_map import SinkMap
-
-    found: dict[str, list[SinkMap]] = {}
-    for path in files:
-        if path.suffix not in (".safetensors", ".jsonl"):
-            raise InputError(
-                f"{path} is neither a saved sink map (.safetensors) nor reference records (.jsonl)"
-            )
-        maps = read_published(path) if path.suffix == ".jsonl" else [SinkMap.load(path)]
-        for sinks in maps:
-            own = found.setdefault(str(sinks.model.get("name", "?")), [])
-            own.append(without_arrays(sinks))
-    if not found:
-        raise InputError(f"{', '.join(map(str, files))}: no records")
-    return found
-
-
-def one_line(error: Exception) -> str:
-    """An error as a person can act on it, on one line."""
-    message = str(error)
-    if not isinstance(error, SecondarySinksError):
-        message = (
-            f"unexpected {type(error).__name__}: {message} "
-            "(SECONDARY_SINKS_DEBUG=1 shows where it happened)"
-        )
-    return " ".join(message.split())
+    arrays = {
+        field.name: None
+        for field in dataclasses.fields(sink_map)
+        if isinstance(getattr(sink_map, field.name), torch.Tensor) and field.name != "tokens"
+    }
+    return dataclasses.replace(sink_map, judge=None, **arrays)

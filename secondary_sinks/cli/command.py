@@ -1,4 +1,4 @@
-"""What all commands share: errors as one line, loading a model, where output goes.
+"""What every command shares: its parameters, loading a model, errors as one line, exit codes.
 
 Nothing heavy is imported at the top: `secondary-sinks --help` reads this.
 """
@@ -9,34 +9,46 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 import typer
 
-from secondary_sinks.cli.outputs import one_line
-from secondary_sinks.errors import InputError
+from secondary_sinks.errors import InputError, SecondarySinksError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from secondary_sinks.host.protocol import Model
+
 Command = TypeVar("Command", bound=Callable[..., None])
 
-
-class Dtype(str, Enum):
-    """Number format of the weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Kind(str, Enum):
-    """TransformerLens class to load into."""
-
-    bridge = "bridge"
-    hooked = "hooked"
+ModelName: TypeAlias = Annotated[
+    str, typer.Argument(help="An alias, a hub id, a folder with safetensors or a .gguf file.")
+]
+Text: TypeAlias = Annotated[str | None, typer.Option(help="The text itself.")]
+File: TypeAlias = Annotated[Path | None, typer.Option(help="A text file; - is standard input.")]
+Jsonl: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="One text a line: a JSON string, or an object with text, with messages, or with "
+        "prompt and output."
+    ),
+]
+Chat: TypeAlias = Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")]
+MaxTokens: TypeAlias = Annotated[int | None, typer.Option(min=2, help="Cut each text here.")]
+Out: TypeAlias = Annotated[Path | None, typer.Option(help="Folder for data, tables and figures.")]
+Device: TypeAlias = Annotated[str | None, typer.Option(help="For example cpu or cuda.")]
+Dtype: TypeAlias = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the weights.")
+]
+Kind: TypeAlias = Annotated[
+    Literal["bridge", "hooked"], typer.Option(help="TransformerLens class to load into.")
+]
+Revision: TypeAlias = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+TrustRemoteCode: TypeAlias = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a repository run its own code.")
+]
 
 
 def handled(command: Command) -> Command:
@@ -64,21 +76,32 @@ def handled(command: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
+def one_line(error: Exception) -> str:
+    """An error as a person can act on it, on one line."""
+    message = str(error)
+    if not isinstance(error, SecondarySinksError):
+        message = (
+            f"unexpected {type(error).__name__}: {message} "
+            "(SECONDARY_SINKS_DEBUG=1 shows where it happened)"
+        )
+    return " ".join(message.split())
+
+
 def load(
     model: str,
     *,
     device: str | None = None,
     dtype: str = "float32",
-    kind: str = "bridge",
-    **options: Any,
-) -> Any:
-    """The model, loaded with a word on standard error.
+    kind: Literal["bridge", "hooked"] = "bridge",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load the model; say so on standard error.
 
     Raises:
         InputError: the device cannot be used.
         LoadError, ModelError: as `load_model`.
     """
-    err = err_console()
     typer.echo(f"loading {model}", err=True)
     import torch
 
@@ -90,14 +113,16 @@ def load(
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"device {device!r} cannot be used: {reason}") from error
-    return load_model(
+    loaded: Model = load_model(
         model,
         device=device,
         dtype=getattr(torch, dtype),
-        kind=kind,  # type: ignore[arg-type]
-        progress=err.is_terminal,
-        **options,
+        kind=kind,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=err_console().is_terminal,
     )
+    return loaded
 
 
 def say_written(folder: Path | None) -> None:
