@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from secondary_sinks.host.model_info import ModelInfo
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.sinks.sink import Evidence, Sink
 from secondary_sinks.sinks.sink_map import SinkMap
 
@@ -246,9 +248,11 @@ def _invented(
         tokens=torch.zeros(n_tokens, dtype=torch.long),
         token_strings=tuple(TOKENS[index % 6] for index in range(n_tokens)),
         n_tokens=n_tokens,
-        model={"name": "an $invented$ model", "n_layers": n_layers, "processing": ()},
+        provenance=Provenance(
+            ModelInfo("an $invented$ model", n_layers=n_layers),
+            thresholds={"min_alignment": 0.9, "min_norm_ratio": 1.5, "min_attention_ratio": 4.0},
+        ),
         criterion="evidence",
-        thresholds={"min_alignment": 0.9, "min_norm_ratio": 1.5, "min_attention_ratio": 4.0},
         primary_position=0,
         phases=primary_lives,
         sinks=tuple(sinks),
@@ -258,7 +262,7 @@ def _invented(
         centered_norm=norm,
         background_norm=norm.median(dim=1).values,
         background_centered_norm=norm.median(dim=1).values,
-        sink_score=score,
+        mean_attention=score,
         attention_ratio=ratio,
     )
 
@@ -279,9 +283,8 @@ def published() -> SinkMap:
         tokens=None,
         token_strings=(),
         n_tokens=1390,
-        model={"name": "published"},
+        provenance=Provenance(ModelInfo("published")),
         criterion="published",
-        thresholds={},
         primary_position=0,
         phases=((6, 35),),
         sinks=(

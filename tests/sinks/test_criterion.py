@@ -96,8 +96,8 @@ def test_a_common_component_that_fools_the_published_rule():
     host = model.load()
     sinks = ss.detect_sinks(host, tokens)
     assert found(sinks) == planted(model.truth(tokens))
-    reference = ss.detect_sinks(host, tokens, criterion="published")
-    assert len(reference.sinks) > 48, "nearly every token passes the raw cosine"
+    published = ss.detect_sinks(host, tokens, criterion="published")
+    assert len(published.sinks) > 48, "nearly every token passes the raw cosine"
     assert (sinks.alignment[6] > 0.9).float().mean() > 0.5
     assert (sinks.centered_alignment[6] > 0.9).sum() == 1 + len(sinks.secondary)
 
@@ -186,7 +186,8 @@ def test_a_sink_that_outlives_a_break_of_the_primary_stays_secondary():
         alignment=centered,
         centered_alignment=centered,
         persistence=persistence,
-        common_norm=torch.zeros(n_layers),
+        residual=torch.ones(1, n_layers, 2),
+        common=torch.zeros(n_layers, 2),
         background_norm=torch.ones(n_layers),
         background_centered_norm=torch.ones(n_layers),
     )
@@ -217,7 +218,8 @@ def test_more_than_nothing_is_not_yet_attention():
         alignment=centered,
         centered_alignment=centered,
         persistence=torch.tensor([[torch.nan, 0, 1, 1, 1, 0]]),
-        common_norm=torch.zeros(6),
+        residual=torch.ones(1, 6, 2),
+        common=torch.zeros(6, 2),
         background_norm=torch.ones(6),
         background_centered_norm=torch.ones(6),
     )
@@ -259,7 +261,31 @@ def test_a_phase_begins_where_its_vector_begins():
 
 def test_lives_bridge_one_missing_layer_only():
     alive = torch.tensor([1, 1, 0, 1, 0, 0, 1], dtype=torch.bool)
-    assert evidence.lives(alive, offset=4) == [(4, 5, 6, 7), (10,)]
+    assert evidence.runs(alive, offset=4) == [(4, 5, 6, 7), (10,)]
+
+
+@pytest.mark.parametrize("seed", [0, 4, 8])
+def test_the_criterion_of_a_map_judges_its_tokens_as_detection_did(seed, tmp_path):
+    """One object for texts and rows; it comes back from disk with the map."""
+    model = random_planted(seed)
+    sinks = ss.detect_sinks(model.load(), model.tokens(80, seed=seed))
+    sinks = ss.SinkMap.load(sinks.save(tmp_path / "map.safetensors"))
+    lives = sinks.judge.lives(sinks.centered_alignment, sinks.centered_norm, sinks.mean_attention)
+    expected = {token: [] for token in range(80)}
+    for sink in sorted(sinks.sinks, key=lambda sink: sink.l_start):
+        expected[sink.position].append(sink.layers)
+    assert dict(enumerate(lives)) == expected
+    # Some tokens by themselves, in another order.
+    order = torch.tensor([s.position for s in sinks.sinks][::-1])
+    some = sinks.judge.is_sink(
+        sinks.centered_alignment[:, order],
+        sinks.centered_norm[:, order],
+        sinks.mean_attention[:, :, order],
+        order,
+    )
+    for item, position in enumerate(order.tolist()):
+        layers = [layer for life in expected[position] for layer in life]
+        assert some[item].nonzero().flatten().tolist() == layers
 
 
 def test_uniform_attention_has_ratio_one():

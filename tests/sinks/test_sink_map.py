@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pandas as pd
@@ -81,14 +82,14 @@ def test_representations(sinks):
 
 
 def test_margins_want_measurements(sinks, tiny, tokens_of):
-    reference = ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="published")
+    published = ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="published")
     with pytest.raises(ss.InputError, match="criterion='evidence'"):
-        reference.margins()
+        published.margins()
 
 
 def test_bad_criterion(tiny, tokens_of):
     with pytest.raises(ss.InputError, match="criterion"):
-        ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="published")
+        ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="reference")
     with pytest.raises(ss.InputError, match="min_alignment"):
         ss.detect_sinks(tiny("llama"), tokens_of(12), criterion="published", min_alignment=0.8)
 
@@ -103,3 +104,53 @@ def test_many_texts_in_order(tiny, tokens_of):
         torch.testing.assert_close(
             one.sink_score, alone.sink_score, equal_nan=True, rtol=1e-3, atol=1e-5
         )
+
+
+def test_sinks_are_selected_by_kind_by_position_and_by_themselves(sinks):
+    assert sinks.select() == sinks.secondary
+    assert sinks.select("primary") == sinks.primary
+    assert set(sinks.select("all")) == set(sinks.sinks)
+    sink = sinks.secondary[0]
+    assert sinks.select(sink) == [sink] == sinks.select(sink.position)
+    assert sinks.select([sink, sink.position, torch.tensor(sink.position)]) == [sink], "once"
+    assert sinks.select(sinks.secondary[::-1]) == sinks.secondary[::-1]
+
+
+def test_selection_filters_by_lifetime_and_score(sinks):
+    longest = max(sink.lifetime for sink in sinks.secondary)
+    assert {s.lifetime for s in sinks.select(min_lifetime=longest)} == {longest}
+    strongest = max(sinks.secondary, key=lambda sink: sink.sink_score)
+    assert sinks.select(min_score=strongest.sink_score) == [strongest]
+    with pytest.raises(ss.InputError, match="pass the filter"):
+        sinks.select(min_lifetime=99)
+
+
+def test_a_position_without_a_sink_is_measured_where_the_sinks_live(sinks):
+    position = next(p for p in range(64) if p not in {s.position for s in sinks.sinks})
+    (chosen,) = sinks.select(position)
+    assert (chosen.position, chosen.kind) == (position, "chosen")
+    assert chosen.token == sinks.token_strings[position]
+    assert chosen.layers in {sink.layers for sink in sinks.secondary}
+    assert math.isnan(chosen.sink_score)
+    assert sinks.select([chosen]) == [chosen]
+    alone = dataclasses.replace(sinks, sinks=tuple(sinks.primary))
+    (start, end) = max(sinks.phases, key=lambda phase: phase[1] - phase[0])
+    assert alone.select(position)[0].layers == tuple(range(start, end))
+
+
+@pytest.mark.parametrize("wrong", [-1, 64, 2.0, True, "tertiary", [None], []])
+def test_what_cannot_be_selected(sinks, wrong):
+    with pytest.raises(ss.InputError, match="sinks"):
+        sinks.select(wrong)
+
+
+def test_a_sink_of_another_map_is_refused(sinks):
+    stranger = dataclasses.replace(sinks.secondary[0], position=50)
+    with pytest.raises(ss.InputError, match="not a sink of this map"):
+        sinks.select(stranger)
+
+
+def test_scores_that_few_queries_make_are_hidden_and_kept(sinks):
+    assert torch.isnan(sinks.sink_score[:, :, -8:]).all()
+    assert not torch.isnan(sinks.mean_attention[:, :, :-1]).any()
+    torch.testing.assert_close(sinks.sink_score[:, :, :-8], sinks.mean_attention[:, :, :-8])
