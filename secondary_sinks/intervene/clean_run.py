@@ -126,7 +126,7 @@ class CleanRun:
     @property
     def tokens(self) -> Int[Tensor, " token"]:
         """Token ids."""
-        return _measured(self.sink_map.tokens)
+        return self.sink_map.array("tokens")
 
     @property
     def n_layers(self) -> int:
@@ -136,17 +136,17 @@ class CleanRun:
     @property
     def primary(self) -> Float[Tensor, " layer d_model"]:
         """The primary sink's residual."""
-        return _measured(self.sink_map.primary_residual)
+        return self.sink_map.array("primary_residual")
 
     @property
     def common(self) -> Float[Tensor, " layer d_model"]:
         """The common component."""
-        return _measured(self.sink_map.common_residual)
+        return self.sink_map.array("common_residual")
 
     @property
     def score(self) -> Float[Tensor, " layer head token"]:
         """Mean attention from all later queries."""
-        return _measured(self.sink_map.mean_attention)
+        return self.sink_map.array("mean_attention")
 
     @property
     def judge(self) -> Criterion:
@@ -159,10 +159,10 @@ class CleanRun:
     def geometry(self) -> TokenGeometry:
         """Every token's residual, as rows are measured."""
         return TokenGeometry(
-            alignment=_measured(self.sink_map.alignment),
-            centered_alignment=_measured(self.sink_map.centered_alignment),
-            norm=_measured(self.sink_map.norm),
-            centered_norm=_measured(self.sink_map.centered_norm),
+            alignment=self.sink_map.array("alignment"),
+            centered_alignment=self.sink_map.array("centered_alignment"),
+            norm=self.sink_map.array("norm"),
+            centered_norm=self.sink_map.array("centered_norm"),
         )
 
     @cached_property
@@ -183,12 +183,6 @@ class CleanRun:
         """The last layer at which a pass over these rows may begin."""
         first_edit = min(row[0].layer for row in rows)
         return first_edit if self.begin_by is None else min(first_edit, self.begin_by)
-
-
-def _measured(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise InputError("the sink map holds no measurements; make it with detect_sinks")
-    return value
 
 
 class _Text(Collector):

@@ -102,7 +102,7 @@ class CounterfactualRows:
 
         inside = self._inside_phases()
         positions = self.positions
-        clean_norm = _required(self.sink_map.norm)[:, positions].T
+        clean_norm = self.sink_map.array("norm")[:, positions].T
         frame = pd.DataFrame(
             {
                 "site": [" + ".join(one.site for one in row) for row in self.rows],
@@ -226,12 +226,6 @@ def counterfactuals(
         self_test=error,
         totals=totals,
     )
-
-
-def _required(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise InputError("the sink map holds no measurements (it was read from a published record)")
-    return value
 
 
 def _spell(one: Intervention) -> str:

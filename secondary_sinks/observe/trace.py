@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.identity import check_residual_identity
 from secondary_sinks.host.model_info import ModelInfo, describe
-from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.host.sites import layer_sites, missing_sites
 from secondary_sinks.host.text_input import Message, Text, is_many, tokenize
@@ -225,6 +225,21 @@ def trace(
             )
     in_order = [traces[index] for index in range(len(texts))]
     return in_order if is_many(text) else in_order[0]
+
+
+def trace_tokens(
+    model: Model,
+    tokens: Int[Tensor, " token"],
+    collectors: Sequence[Collector],
+    *,
+    fwd_hooks: Sequence[UserHook] = (),
+    attention: AttentionChoice = "auto",
+) -> Trace:
+    """`trace` of one text that is given as token ids."""
+    trace_result = trace(model, tokens, collectors, fwd_hooks=fwd_hooks, attention=attention)
+    if isinstance(trace_result, list):
+        raise InputError(f"expected the ids of one text, got {list(tokens.shape)}")
+    return trace_result
 
 
 def _as_list(collectors: Any) -> list[Collector]:

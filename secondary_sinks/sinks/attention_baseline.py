@@ -1,11 +1,10 @@
-"""How much attention is much: what a token draws, over what ordinary tokens nearby draw.
+"""Attention drawn by a token, over what ordinary tokens nearby draw.
 
 A sink score alone says little. Attention to an ordinary token falls with the length of the text,
-the first tokens are seen by queries with little else to look at, the last ones by their neighbors,
-and a sliding window hides whatever is far away. So a token is compared, head by head, with ordinary
-tokens of about the same position, and only in those heads that look at the primary sink: the
-direction that a secondary sink shares with it is read by some heads, and the others would drown
-them.
+the first tokens are seen by queries with few other keys, the last ones by their neighbors, and a
+sliding window hides whatever is far away. So a token is compared, head by head, with ordinary
+tokens near its position, and only in the heads that attend to the primary sink: the direction that
+a secondary sink shares with it is read by some heads, and the others would hide them.
 """
 
 from __future__ import annotations
@@ -13,24 +12,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 N_NEIGHBORS = 32
-"""Ordinary tokens nearby that make the attention baseline of a token."""
+"""Number of nearby ordinary tokens that make the attention baseline of a token."""
 
 
 @dataclass(frozen=True)
 class AttentionBaseline:
-    """What ordinary tokens of one text draw, by layer, head and place."""
+    """Attention that ordinary tokens of one text draw, by layer, head and position."""
 
     weight: Float[Tensor, " layer head"]
-    """Attention that the primary draws beyond its own baseline. A layer in which no head looks at
-    it weighs all heads alike."""
+    """Attention that the primary draws beyond its own baseline. All heads weigh alike in a layer in
+    which none attends to it."""
     median: Float[Tensor, " layer head block"]
     """Median relative score of each block of ordinary tokens."""
     examples: Int[Tensor, " example"]
-    """Positions of the ordinary tokens, in order; each `block_size` of them are a block."""
+    """Positions of the ordinary tokens, in order; every `block_size` of them are a block."""
     block_size: int
     uniform: Float[Tensor, " token"]
     """`uniform_score` of the text."""
@@ -46,7 +46,7 @@ class AttentionBaseline:
         score: Float[Tensor, " layer head token"],
         primary: int,
         *,
-        ordinary: Bool[Tensor, " token"],
+        examples: Bool[Tensor, " token"],
         min_queries: int,
     ) -> AttentionBaseline:
         """Measure the baseline of a text.
@@ -54,26 +54,27 @@ class AttentionBaseline:
         Args:
             score: mean attention from later queries, for every token that has at least one.
             primary: position of the primary sink.
-            ordinary: which tokens are examples of ordinary ones.
-            min_queries: examples need at least this many later queries.
+            examples: which tokens are examples of ordinary ones.
+            min_queries: fewest later queries of an example.
         """
         n_tokens = score.shape[2]
         uniform = uniform_score(n_tokens)
         n_queries = torch.arange(n_tokens - 1, -1, -1)
-        examples = (ordinary & (n_queries >= min_queries)).nonzero().flatten()
-        if len(examples) == 0:  # a very short text: anything that somebody can look at
-            examples = (n_queries >= 1).nonzero().flatten()
-        size = min(N_NEIGHBORS, len(examples))
-        n_blocks = len(examples) // size
-        relative = (score / uniform)[:, :, examples[: n_blocks * size]]
-        median = relative.reshape(*relative.shape[:2], n_blocks, size).median(dim=-1).values
+        places = (examples & (n_queries >= min_queries)).nonzero().flatten()
+        if len(places) == 0:  # a very short text: any token with a later query
+            places = (n_queries >= 1).nonzero().flatten()
+        size = min(N_NEIGHBORS, len(places))
+        n_blocks = len(places) // size
+        relative = (score / uniform)[:, :, places[: n_blocks * size]]
+        blocks = rearrange(relative, "layer head (block item) -> layer head block item", item=size)
+        median = blocks.median(dim=-1).values
         # Uniform weights first: what the primary draws beyond its baseline needs the baseline.
-        plain = cls(torch.ones(score.shape[:2]), median, examples, size, uniform)
+        plain = cls(torch.ones(score.shape[:2]), median, places, size, uniform)
         here = torch.tensor([primary])
         beyond = score[:, :, primary] - plain._expected(here)[:, :, 0] * uniform[primary]
         weight = beyond.clamp_min(0)
         nobody = weight.sum(dim=1, keepdim=True) == 0
-        return cls(weight.masked_fill(nobody, 1.0), median, examples, size, uniform)
+        return cls(weight.masked_fill(nobody, 1.0), median, places, size, uniform)
 
     def ratio(
         self,
@@ -87,13 +88,13 @@ class AttentionBaseline:
 
         Args:
             score: mean attention from later queries.
-            positions: where each item stands; by default item t is token t. The last token, at
-                which nobody can look, has NaN.
+            positions: where each item stands; by default item t is token t. The last token, which
+                no later query can see, has NaN.
         """
         if positions is None:
             positions = torch.arange(score.shape[2])
         expected = self._over_heads(self._expected(positions))
-        # Not a division by nothing: a token that nobody looks at, among such, has ratio 0.
+        # Clamped: where ordinary tokens draw no attention at all, a token without any has ratio 0.
         return self.drawn(score, positions) / expected.clamp_min(torch.finfo(torch.float32).tiny)
 
     def drawn(
@@ -110,16 +111,16 @@ class AttentionBaseline:
         self, values: Float[Tensor, " layer head item"]
     ) -> Float[Tensor, " layer item"]:
         share = self.weight / self.weight.sum(dim=1, keepdim=True)
-        return (share[:, :, None] * values).sum(dim=1)
+        return einsum(share, values, "layer head, layer head item -> layer item")
 
     def _expected(self, positions: Int[Tensor, " item"]) -> Float[Tensor, " layer head item"]:
-        # Examples are in order, so a token's place among them says which block it lies in.
+        # Examples are in order, so a token's place among them tells its block.
         block = torch.searchsorted(self.examples, positions) // self.block_size
         return self.median[:, :, block.clamp_max(self.median.shape[2] - 1)]
 
 
 def uniform_score(n_tokens: int) -> Float[Tensor, " token"]:
-    """Sink score of every token if each query looked at all it can see alike; NaN for the last."""
+    """Sink score of every token under uniform attention; NaN for the last."""
     weight = 1 / torch.arange(1, n_tokens + 1, dtype=torch.float64)
     later = weight.flip(0).cumsum(0).flip(0) - weight
     return (later / torch.arange(n_tokens - 1, -1, -1)).float()

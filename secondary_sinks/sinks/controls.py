@@ -73,9 +73,7 @@ def matched_controls(
         seed: of the draw, together with the sink's position and onset.
         exclude: positions that are taken.
     """
-    tokens, norm = sink_map.tokens, sink_map.centered_norm
-    if tokens is None or norm is None:
-        raise InputError(f"{sink_map!r} holds no measurements to match controls by")
+    tokens, norm = sink_map.array("tokens"), sink_map.array("centered_norm")
     ordinary = ordinary_tokens(sink_map)
     ordinary[[sink.position, *exclude]] = False
     n_later = torch.arange(sink_map.n_tokens - 1, -1, -1)
@@ -99,10 +97,8 @@ def same_token_controls(
 ) -> tuple[int, ...]:
     """Draw ordinary tokens with the token id of a sink, in order of position; the arguments are
     those of `matched_controls`."""
-    if sink_map.tokens is None:
-        return ()
     ordinary = ordinary_tokens(sink_map)
     ordinary[-1] = False  # no later token shows what becomes of it
-    same = (ordinary & (sink_map.tokens == sink.token_id)).nonzero().flatten().numpy()
+    same = (ordinary & (sink_map.array("tokens") == sink.token_id)).nonzero().flatten().numpy()
     rng = np.random.default_rng([*seed, sink.position, sink.l_start, 0])
     return tuple(sorted(rng.permutation(same)[:n].tolist()))

@@ -15,8 +15,9 @@ from secondary_sinks.observe.attention_path import AttentionChoice
 from secondary_sinks.observe.collectors import Collector, SinkScores
 from secondary_sinks.observe.residual_geometry import ResidualGeometry
 from secondary_sinks.observe.trace import Trace, TraceOptions, trace
-from secondary_sinks.sinks import criterion as evidence
+from secondary_sinks.sinks import primary as evidence_criterion
 from secondary_sinks.sinks import published_criterion
+from secondary_sinks.sinks.criterion import check_thresholds
 from secondary_sinks.sinks.sink_map import SinkMap
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def detect_sinks(
         raise InputError(f"no criterion {criterion!r}; use 'evidence' or 'published'")
     if criterion == "published" and thresholds:
         raise InputError(f"criterion='published' has no threshold {sorted(thresholds)[0]!r}")
-    checked = evidence.check_thresholds(thresholds) if criterion == "evidence" else {}
+    checked = check_thresholds(thresholds) if criterion == "evidence" else {}
     if primary is not None:
         if isinstance(primary, bool) or int(primary) != primary:
             raise InputError(f"primary is {primary!r}; the position of a token is meant")
@@ -151,7 +152,7 @@ def _sink_map(
             geometry, score, tokens, strings, chat=trace_result.chat, primary=primary
         )
     else:
-        detection = evidence.detect(
+        detection = evidence_criterion.detect(
             geometry, score, tokens, strings, primary=primary, thresholds=thresholds
         )
     index = detection.primary

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secondary_sinks.errors import InputError, ModelError
+from secondary_sinks.errors import ModelError
 from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.observe.collectors import Collector, Run
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.sinks.controls import ordinary_tokens
 from secondary_sinks.sinks.sink import Sink
 from secondary_sinks.sinks.sink_map import SinkMap
@@ -39,19 +39,15 @@ def direct_writes(
     directions = sink_directions(sink_map, [sink.l_start for sink in sinks])
     positions = [sink.position for sink in sinks]
     collector = Projections(positions, directions, ordinary_tokens(sink_map))
-    tokens = cast(Tensor, sink_map.tokens)
-    trace_result = cast(Trace, trace(model, tokens, [collector], fwd_hooks=fwd_hooks))
+    trace_result = trace_tokens(model, sink_map.array("tokens"), [collector], fwd_hooks=fwd_hooks)
     return checked_write(model, trace_result["Projections"])
 
 
 def sink_directions(sink_map: SinkMap, layers: Sequence[int]) -> Float[Tensor, " layer d_model"]:
     """The sink direction after each of these layers: `(r - c) / |r - c|`, with `r` the primary's
     residual and `c` the common component."""
-    primary, common = sink_map.primary_residual, sink_map.common_residual
-    if primary is None or common is None:
-        raise InputError(f"{sink_map!r} holds no measurements; detect the sinks with detect_sinks")
-    centered = primary[list(layers)] - common[list(layers)]
-    return torch.nn.functional.normalize(centered, dim=-1)
+    centered = sink_map.array("primary_residual") - sink_map.array("common_residual")
+    return torch.nn.functional.normalize(centered[list(layers)], dim=-1)
 
 
 _Found = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]

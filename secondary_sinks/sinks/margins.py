@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from secondary_sinks.errors import InputError
 from secondary_sinks.sinks.criterion import next_layer, norm_ratio
 
 if TYPE_CHECKING:
@@ -20,15 +19,12 @@ def margins(sinks: SinkMap, n: int | None) -> pd.DataFrame:
     import pandas as pd
 
     thresholds = sinks.thresholds
-    centered_alignment, attention = sinks.centered_alignment, sinks.attention_ratio
-    norm, background = sinks.centered_norm, sinks.background_centered_norm
-    if centered_alignment is None or attention is None or norm is None or background is None:
-        raise InputError("this map holds no measurements")
     passed = torch.stack(
         [
-            centered_alignment / thresholds["min_alignment"],
-            norm_ratio(norm, background) / thresholds["min_norm_ratio"],
-            next_layer(attention) / thresholds["min_attention_ratio"],
+            sinks.array("centered_alignment") / thresholds["min_alignment"],
+            norm_ratio(sinks.array("centered_norm"), sinks.array("background_centered_norm"))
+            / thresholds["min_norm_ratio"],
+            next_layer(sinks.array("attention_ratio")) / thresholds["min_attention_ratio"],
         ]
     )  # [test, layer, token]
     inside = torch.zeros(passed.shape[1], dtype=torch.bool)

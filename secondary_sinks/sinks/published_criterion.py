@@ -25,7 +25,7 @@ from torch import Tensor
 
 from secondary_sinks.observe.residual_geometry import Geometry
 from secondary_sinks.sinks.attention_baseline import AttentionBaseline
-from secondary_sinks.sinks.criterion import Detection
+from secondary_sinks.sinks.primary import Detection
 from secondary_sinks.sinks.sink import Evidence, Kind, Sink
 
 CHAT_CANDIDATES = (0, 1, 2)
@@ -58,7 +58,7 @@ def detect(
     aligned[end:] = False
     n_layers = cosine.shape[0]
     attention = AttentionBaseline.of(
-        score, position, ordinary=~aligned.any(dim=0), min_queries=8
+        score, position, examples=~aligned.any(dim=0), min_queries=8
     ).ratio(score)
     ratio = geometry.norm / geometry.background_norm[:, None]
     centered_ratio = geometry.centered_norm / geometry.background_centered_norm[:, None]

@@ -44,7 +44,7 @@ class Sink:
     token_id: int
     kind: Kind
     layers: tuple[int, ...]
-    """0-based blocks after which the residual is that of a sink; block l + 1 shows the attention."""
+    """0-based blocks after which it is a sink; block l + 1 shows the attention."""
     evidence: Evidence | None = field(default=None, repr=False)
 
     @property

@@ -25,6 +25,22 @@ if TYPE_CHECKING:
 SinkChoice: TypeAlias = "Literal['secondary', 'primary', 'all'] | Sink | int | Sequence[Sink | int]"
 """Which tokens an analysis is about; see `SinkMap.select`."""
 
+ArrayName: TypeAlias = Literal[
+    "tokens",
+    "primary_residual",
+    "common_residual",
+    "alignment",
+    "centered_alignment",
+    "norm",
+    "centered_norm",
+    "background_norm",
+    "background_centered_norm",
+    "mean_attention",
+    "sink_score",
+    "attention_ratio",
+]
+"""The arrays of a sink map."""
+
 
 @dataclass(frozen=True, eq=False)
 class SinkMap(Result):
@@ -108,6 +124,20 @@ class SinkMap(Result):
         hidden = n_later < int(self.thresholds.get("min_queries", DEFAULTS["min_queries"]))
         return self.mean_attention.masked_fill(hidden, torch.nan)
 
+    def array(self, name: ArrayName) -> Tensor:
+        """One of the arrays by its name.
+
+        Raises:
+            InputError: the map was read from a published file and holds none.
+        """
+        value = getattr(self, name)
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{self!r} holds no {name}: it was read from a published file; detect the sinks of "
+                "the text with detect_sinks"
+            )
+        return value
+
     def select(
         self, sinks: SinkChoice = "secondary", *, min_lifetime: int = 1, min_score: float = 0.0
     ) -> list[Sink]:
@@ -187,9 +217,10 @@ class SinkMap(Result):
     def __repr__(self) -> str:
         phases = " and ".join(f"{start}-{end - 1}" for start, end in self.phases) or "none"
         processed = ", processed weights" if self.provenance.model.processing else ""
+        n_secondary = counted(len(self.secondary), "secondary sink")
         return (
-            f"SinkMap({self.model_name!r}, {self.n_tokens} tokens: "
-            f"{counted(len(self.secondary), 'secondary sink')}, primary at {self.primary_position} in layers {phases}{processed})"
+            f"SinkMap({self.model_name!r}, {self.n_tokens} tokens: {n_secondary}, "
+            f"primary at {self.primary_position} in layers {phases}{processed})"
         )
 
     def to_frame(self) -> pd.DataFrame:

@@ -14,7 +14,8 @@ from secondary_sinks.planted.planted_model import (
     random_planted,
 )
 from secondary_sinks.sinks import attention_baseline as attention
-from secondary_sinks.sinks import criterion as evidence
+from secondary_sinks.sinks.criterion import DEFAULTS, runs
+from secondary_sinks.sinks.primary import detect, primary_runs
 
 
 def found(sinks):
@@ -121,7 +122,7 @@ def test_thresholds_decide_and_are_recorded():
     model = one_sink()
     tokens, host = model.tokens(64), model.load()
     sinks = ss.detect_sinks(host, tokens)
-    assert sinks.thresholds == evidence.DEFAULTS
+    assert sinks.thresholds == DEFAULTS
     largest = max(sink.evidence.attention_ratio for sink in sinks.secondary)
     strict = ss.detect_sinks(host, tokens, min_attention_ratio=largest + 1)
     assert strict.thresholds["min_attention_ratio"] == largest + 1
@@ -191,12 +192,12 @@ def test_a_sink_that_outlives_a_break_of_the_primary_stays_secondary():
         background_norm=torch.ones(n_layers),
         background_centered_norm=torch.ones(n_layers),
     )
-    detection = evidence.detect(
+    detection = detect(
         geometry,
         score,
         list(range(n_tokens)),
         tuple(map(str, range(n_tokens))),
-        thresholds=evidence.DEFAULTS,
+        thresholds=DEFAULTS,
     )
     assert detection.phases == ((1, 5), (7, 11))
     of_token = [(s.kind, s.l_start, s.lifetime) for s in detection.sinks if s.position == 20]
@@ -228,9 +229,7 @@ def test_more_than_nothing_is_not_yet_attention():
         score[:, :, 0] = 0.9
         score[:, :, 20] *= 30
         strings = tuple(map(str, range(n_tokens)))
-        detection = evidence.detect(
-            geometry, score, list(range(n_tokens)), strings, thresholds=evidence.DEFAULTS
-        )
+        detection = detect(geometry, score, list(range(n_tokens)), strings, thresholds=DEFAULTS)
         assert sum(s.position == 20 for s in detection.sinks) == expected
 
 
@@ -245,8 +244,7 @@ def test_a_primary_of_ones_own_choice(tiny, tokens_of):
 def test_primary_runs_want_size_persistence_and_more_than_a_layer():
     ratio = torch.tensor([5.0, 5, 5, 1, 5, 1, 5, 5, 5, 5])
     cosine = torch.tensor([torch.nan, 0.1, 0.95, 0.95, 0.95, 0.95, 0.1, 0.95, 0.1, 0.95])
-    runs = evidence.primary_runs(ratio, cosine, evidence.DEFAULTS)
-    assert runs == [(1, 3), (6, 8), (8, 10)]
+    assert primary_runs(ratio, cosine, DEFAULTS) == [(1, 3), (6, 8), (8, 10)]
 
 
 def test_a_phase_begins_where_its_vector_begins():
@@ -254,14 +252,14 @@ def test_a_phase_begins_where_its_vector_begins():
     cosine = torch.tensor([torch.nan, 0.3, 0.8, 0.99, 0.99, 0.2])
     for first in (1.6, 2.9, 3.1, 8.0):
         ratio = torch.tensor([1.2, first, 10, 9, 8, 1])
-        assert evidence.primary_runs(ratio, cosine, evidence.DEFAULTS) == [(1, 5)]
+        assert primary_runs(ratio, cosine, DEFAULTS) == [(1, 5)]
     cosine[2] = 0.6  # most of it points elsewhere
-    assert evidence.primary_runs(ratio, cosine, evidence.DEFAULTS) == [(2, 5)]
+    assert primary_runs(ratio, cosine, DEFAULTS) == [(2, 5)]
 
 
 def test_lives_bridge_one_missing_layer_only():
     alive = torch.tensor([1, 1, 0, 1, 0, 0, 1], dtype=torch.bool)
-    assert evidence.runs(alive, offset=4) == [(4, 5, 6, 7), (10,)]
+    assert runs(alive, offset=4) == [(4, 5, 6, 7), (10,)]
 
 
 @pytest.mark.parametrize("seed", [0, 4, 8])
@@ -295,7 +293,7 @@ def test_uniform_attention_has_ratio_one():
     score = torch.tril(pattern, -1).sum(dim=0) / torch.arange(n - 1, -1, -1)
     torch.testing.assert_close(attention.uniform_score(n)[:-1], score[:-1])
     ratio = attention.AttentionBaseline.of(
-        score.expand(2, 3, n), 0, ordinary=torch.ones(n, dtype=torch.bool), min_queries=4
+        score.expand(2, 3, n), 0, examples=torch.ones(n, dtype=torch.bool), min_queries=4
     ).ratio(score.expand(2, 3, n))
     torch.testing.assert_close(ratio[:, :-1], torch.ones(2, n - 1))
     assert torch.isnan(ratio[:, -1]).all()
@@ -309,6 +307,6 @@ def test_heads_that_ignore_the_primary_do_not_count():
     score[0, 1:, 30] *= 10  # the others look at token 30
     ordinary = torch.ones(n, dtype=torch.bool)
     ordinary[[0, 20, 30]] = False
-    ratio = attention.AttentionBaseline.of(score, 0, ordinary=ordinary, min_queries=4).ratio(score)
+    ratio = attention.AttentionBaseline.of(score, 0, examples=ordinary, min_queries=4).ratio(score)
     assert ratio[0, 20].item() == pytest.approx(10, rel=1e-4)
     assert ratio[0, 30].item() == pytest.approx(1, rel=1e-4)
