@@ -24,7 +24,7 @@ CORE_TL3 := $(VENV_TL3)/.installed-core
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl3 lint docs experiments benchmarks clean
+.PHONY: help demo test fast test-tl3 lint docs experiments benchmarks clean
 
 help: ## show this
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ demo: $(CORE) ## find the sinks of a bundled conversation; data and figures in o
 
 test: $(CORE) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+fast: $(CORE) ## run the tests that need no real model, one model family each, in under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --fast
 
 test-tl3: $(CORE_TL3) ## run the tests for TransformerLens 3, in an environment of its own
 	$(VENV_TL3)/bin/python -m pytest tests_tl3

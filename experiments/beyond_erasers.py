@@ -19,7 +19,7 @@ MIN_SHARE = 0.8
 
 
 def run(bench: Bench) -> Outcome:
-    """Decompositions of the texts that are looked at closely."""
+    """Decompositions of the texts that are examined closely."""
     if not bench.close:
         return cannot_tell(bench)
     found = [ss.sink_decomposition(bench.model, s, progress=False) for s in bench.close]

@@ -3,7 +3,7 @@
 Claim: the thresholded sink rate of Gu et al. and massive activations name the primary sink, and
 miss the secondary sinks of this library's criterion.
 
-Supported if over the texts that are looked at closely each of the two names fewer than half of the
+Supported if over the texts that are examined closely each of the two names fewer than half of the
 secondary sinks; not supported otherwise.
 """
 
@@ -15,13 +15,13 @@ import secondary_sinks as ss
 
 
 def run(bench: Bench) -> Outcome:
-    """All measures beside each other, over the texts that are looked at closely."""
+    """All measures beside each other, over the texts that are examined closely."""
     if not bench.close:
         return cannot_tell(bench)
     found = [ss.other_measures(bench.model, sinks) for sinks in bench.close]
     frame = by_text(found)
     own = frame[frame["secondary"]]
-    names = [name for name in ("gu", "massive", "reference") if name in frame]
+    names = [name for name in ("gu", "massive", "published") if name in frame]
     shares = {name: float(own[name].mean()) for name in names}
     holds = len(own) > 0 and all(shares[n] < 0.5 for n in ("gu", "massive") if n in shares)
     listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())

@@ -21,7 +21,7 @@ MIN_SHARE = 0.8
 
 
 def run(bench: Bench) -> Outcome:
-    """Attributions of the texts that are looked at closely, pooled."""
+    """Attributions of the texts that are examined closely, pooled."""
     if not bench.close:
         return cannot_tell(bench)
     pooled = ss.pool_attributions(bench.attributions, seed=bench.seed)

@@ -16,7 +16,7 @@ import secondary_sinks as ss
 
 
 def run(bench: Bench) -> Outcome:
-    """The texts that are looked at closely without their secondary sinks."""
+    """The texts that are examined closely without their secondary sinks."""
     if not bench.close:
         return cannot_tell(bench)
     found = ss.primary_weakening(bench.maps, removals=bench.removals, seed=bench.seed)

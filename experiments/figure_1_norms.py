@@ -3,7 +3,7 @@
 Claim: while a secondary sink lives, its residual is much longer than an ordinary token's, as the
 primary's is, and its values are shorter: it is looked at, and passes little on.
 
-Supported if, over the texts that are looked at closely, the median sink has a residual at least
+Supported if, over the texts that are examined closely, the median sink has a residual at least
 three times as long as the median ordinary token's and values shorter than the median ordinary
 token's; not supported if either fails.
 """
@@ -19,7 +19,7 @@ MIN_RATIO = 3.0
 
 
 def run(bench: Bench) -> Outcome:
-    """Profiles of the texts that are looked at closely; the picture is of the richest."""
+    """Profiles of the texts that are examined closely; the picture is of the richest."""
     if not bench.close:
         return cannot_tell(bench)
     profiles = [ss.norm_profiles(bench.model, sinks) for sinks in bench.close]

@@ -4,7 +4,7 @@ Claim: the writer maps an ordinary-looking input to an output along the primary'
 the sink's token with the primary's arises within the MLP, between its input and its output.
 
 The primary was written by an MLP as well, in the layer where it emerges. Supported if, over the
-sinks of the texts that are looked at closely, the median cosine of the writer's output with *that*
+sinks of the texts that are examined closely, the median cosine of the writer's output with *that*
 output exceeds the cosine of the two MLPs' inputs by 0.2 or more, and lies above that of ordinary
 tokens; not supported otherwise. The cosines stage by stage with the primary's token in the writer's
 own layer are the figure; there the primary's MLP has nothing to write any more in some models, and
@@ -22,7 +22,7 @@ MIN_RISE = 0.2
 
 
 def run(bench: Bench) -> Outcome:
-    """Stages of the texts that are looked at closely; the picture is of the richest."""
+    """Stages of the texts that are examined closely; the picture is of the richest."""
     if not bench.close:
         return cannot_tell(bench)
     found = [ss.mlp_stage_alignment(bench.model, s, seed=bench.seed) for s in bench.close]

@@ -24,25 +24,19 @@ from shared import MAX_TOKENS, N_TEXTS, Bench, make_bench, write
 
 import secondary_sinks as ss
 
-EXPERIMENTS = (
-    "figure_1_norms",
-    "figure_2_levels",
-    "figure_3_primary",
-    "figure_4_mlp_stages",
-    "figure_5_principal_directions",
-    "figure_6_separability",
-    "figure_7_norm_law",
-    "claim_1_writers",
-    "claim_2_dose",
-    "claim_3_primary",
-    "beyond_neurons",
-    "beyond_heads",
-    "beyond_erasers",
-    "beyond_tokens",
-    "beyond_measures",
+KINDS = ("figure", "claim", "beyond")
+"""An experiment is a script whose name begins with one of these; they run in this order."""
+EXPERIMENTS = tuple(
+    sorted(
+        (
+            path.stem
+            for path in Path(__file__).parent.glob("*_*.py")
+            if path.stem.split("_")[0] in KINDS
+        ),
+        key=lambda name: (KINDS.index(name.split("_")[0]), name),
+    )
 )
 MODELS = ("qwen2.5-coder-0.5b", "smollm2-135m")
-
 LEVELS, ABOUT = "levels.safetensors", "about.txt"
 
 

@@ -1,4 +1,4 @@
-"""What every experiment needs: a model, texts with their sinks, a folder, and a verdict.
+"""What every experiment shares: a model, texts with their sinks, a folder, and a verdict.
 
 An experiment is a module with a docstring that states the claim, and one function:
 
@@ -20,6 +20,7 @@ import typer
 
 import secondary_sinks as ss
 from secondary_sinks.cli.inputs import as_model_input, read_sources
+from secondary_sinks.result import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ MAX_TOKENS = 400
 N_MANY = 12
 """Texts with the most secondary sinks, for questions that need many and take some time for each."""
 N_CLOSE = 3
-"""Of those, the texts that are looked at closely: each by itself, with interventions."""
+"""Of those, the texts that are examined one by one, with interventions."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ class Bench:
 
     @property
     def name(self) -> str:
-        """What the model is called."""
-        return str(self.maps[0].model["name"])
+        """Name of the model."""
+        return self.maps[0].model_name
 
     @property
     def with_sinks(self) -> tuple[ss.SinkMap, ...]:
         """The texts that have secondary sinks, richest first."""
-        rich = sorted(self.maps, key=lambda sinks: -len(sinks.secondary))
-        return tuple(sinks for sinks in rich if sinks.secondary)
+        rich = sorted(self.maps, key=lambda sink_map: -len(sink_map.secondary))
+        return tuple(sink_map for sink_map in rich if sink_map.secondary)
 
     @property
     def many(self) -> tuple[ss.SinkMap, ...]:
@@ -86,36 +87,35 @@ class Bench:
 
     @property
     def close(self) -> tuple[ss.SinkMap, ...]:
-        """The few that are looked at closely."""
+        """The few texts that are examined one by one, with interventions."""
         return self.with_sinks[:N_CLOSE]
 
     @property
     def n_sinks(self) -> int:
         """Secondary sinks in all texts."""
-        return sum(len(sinks.secondary) for sinks in self.maps)
+        return sum(len(sink_map.secondary) for sink_map in self.maps)
 
     @cached_property
     def attributions(self) -> tuple[ss.MlpAttribution, ...]:
-        """Writers and feeders of the texts that are looked at closely, found once."""
+        """Writers and feeders of the close texts, found once."""
         return tuple(
-            ss.attribute_to_mlps(self.model, sinks, seed=self.seed, progress=False)
-            for sinks in self.close
+            ss.attribute_to_mlps(self.model, sink_map, seed=self.seed, progress=False)
+            for sink_map in self.close
         )
 
     @cached_property
     def removals(self) -> tuple[ss.SinkRemoval, ...]:
         """The same texts without their secondary sinks, run once."""
         return tuple(
-            ss.remove_sinks(self.model, sinks, seed=self.seed, progress=False)
-            for sinks in self.close
+            ss.remove_sinks(self.model, sink_map, seed=self.seed, progress=False)
+            for sink_map in self.close
         )
 
     def about(self) -> str:
         """The model and its texts in a few words."""
-        n_texts = len(self.maps)
         return (
-            f"{self.name}, {n_texts} text{'s' if n_texts != 1 else ''}, "
-            f"{self.n_sinks} secondary sinks in {len(self.with_sinks)} of them"
+            f"{self.name}, {counted(len(self.maps), 'text')}, "
+            f"{counted(self.n_sinks, 'secondary sink')} in {len(self.with_sinks)} of them"
         )
 
 
