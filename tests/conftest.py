@@ -14,6 +14,37 @@ from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.sinks.sink import Evidence, Sink
 from secondary_sinks.sinks.sink_map import SinkMap
 
+REAL_MODELS = {"qwen", "smollm"}
+FAST_FAMILY = "llama"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help=f"no real model, nothing marked slow, and of many model families only {FAST_FAMILY}",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--fast"):
+        return
+
+    def is_fast(item: pytest.Item) -> bool:
+        call = getattr(item, "callspec", None)
+        values = {} if call is None else call.params
+        families = {values[name] for name in ("family", "streamed_family") if name in values}
+        return (
+            not REAL_MODELS & set(getattr(item, "fixturenames", ()))
+            and item.get_closest_marker("slow") is None
+            and families <= {FAST_FAMILY}
+        )
+
+    left_out = [item for item in items if not is_fast(item)]
+    items[:] = [item for item in items if is_fast(item)]
+    config.hook.pytest_deselected(items=left_out)
+
+
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA_LIKE = SIZE | {
     "intermediate_size": 48,
