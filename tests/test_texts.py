@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import secondary_sinks as ss
-from secondary_sinks import cli
+from secondary_sinks.cli.app import app
 from secondary_sinks.cli.inputs import read_sources
 from secondary_sinks.host.text_input import tokenize
 from secondary_sinks.texts import KINDS, BundledText
@@ -143,7 +143,7 @@ def test_a_caller_can_change_what_it_got() -> None:
 
 def test_command_line_writes_what_detect_reads(tmp_path) -> None:
     path = tmp_path / "folder" / "texts.jsonl"
-    result = CliRunner().invoke(cli.app, ["texts", "--out", str(path)])
+    result = CliRunner().invoke(app, ["texts", "--out", str(path)])
     assert result.exit_code == 0, result.output
     texts = ss.bundled_texts()
     sources = read_sources(None, None, path)
@@ -157,17 +157,17 @@ def test_command_line_writes_what_detect_reads(tmp_path) -> None:
 
 def test_command_line_chooses_and_refuses(tmp_path) -> None:
     run = CliRunner().invoke
-    chosen = run(cli.app, ["texts", "--kind", "prose", "--kind", "code", "--n", "6", "--seed", "1"])
+    chosen = run(app, ["texts", "--kind", "prose", "--kind", "code", "--n", "6", "--seed", "1"])
     ids = [line.split()[0] for line in chosen.stdout.splitlines()[1:]]
     assert ids == [text.id for text in ss.bundled_texts(["prose", "code"], n=6, seed=1)]
     for arguments in (["--kind", "essays"], ["--n", "73"]):
-        result = run(cli.app, ["texts", *arguments])
+        result = run(app, ["texts", *arguments])
         assert result.exit_code == 2
         assert "Traceback" not in result.output
     (tmp_path / "file").write_text("")
-    result = run(cli.app, ["texts", "--out", str(tmp_path / "file" / "texts.jsonl")])
+    result = run(app, ["texts", "--out", str(tmp_path / "file" / "texts.jsonl")])
     assert result.exit_code == 2
     assert "cannot write" in result.output
-    result = run(cli.app, ["texts", "--out", str(tmp_path)])
+    result = run(app, ["texts", "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "is a folder" in result.output

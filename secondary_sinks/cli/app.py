@@ -33,7 +33,7 @@ from secondary_sinks.cli.saved_maps import levels
 
 app = typer.Typer(
     name="secondary-sinks",
-    help="Attention sinks in a language model: which tokens, which MLP made them, what they change.",
+    help="Attention sinks of a language model: which tokens, which MLP made them, what they do.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

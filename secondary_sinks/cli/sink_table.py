@@ -23,14 +23,14 @@ from secondary_sinks.sinks.sink import Sink
 from secondary_sinks.sinks.sink_map import SinkMap
 
 
-def sink_table(sinks: SinkMap, *, max_rows: int = 60) -> Table:
+def sink_table(sink_map: SinkMap, *, max_rows: int = 60) -> Table:
     """The sinks of one text, one row a life, by onset and position.
 
     The norm and its ratio to the median token's are those of the onset layer. The sink score is the
     mean attention drawn over the life; the last column sets it against what ordinary tokens nearby
     draw. It fits into 80 columns.
     """
-    table = _empty_table(repr(sinks))
+    table = _empty_table(repr(sink_map))
     table.add_column("pos", justify="right", no_wrap=True)
     table.add_column("token", no_wrap=True)
     table.add_column("kind", no_wrap=True)
@@ -44,22 +44,22 @@ def sink_table(sinks: SinkMap, *, max_rows: int = 60) -> Table:
         "drawn\n/nearby",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    for sink in sinks.sinks[:max_rows]:
+    for sink in sink_map.sinks[:max_rows]:
         table.add_row(*_cells(sink))
-    left = len(sinks.sinks) - max_rows
+    left = len(sink_map.sinks) - max_rows
     if left > 0:
         table.caption = f"and {left} more"
     return table
 
 
-def sink_report(sinks: SinkMap, *, max_rows: int = 60) -> Group:
+def sink_report(sink_map: SinkMap, *, max_rows: int = 60) -> Group:
     """The table of a map, its notes and, without secondary sinks, what came nearest to one."""
-    parts: list[RenderableType] = [sink_table(sinks, max_rows=max_rows)]
-    parts += [Text(f"Note: {note}", style="yellow") for note in sinks.notes]
-    if not sinks.secondary:
+    parts: list[RenderableType] = [sink_table(sink_map, max_rows=max_rows)]
+    parts += [Text(f"Note: {note}", style="yellow") for note in sink_map.notes]
+    if not sink_map.secondary:
         parts.append(Text("No secondary sinks."))
         try:
-            margins = sinks.margins(5)
+            margins = sink_map.margins(5)
         except InputError:  # published records and the published criterion have none
             margins = None
         if margins is not None and len(margins):
@@ -101,15 +101,18 @@ def texts_table(maps: Sequence[SinkMap], names: Sequence[str], *, max_rows: int 
     table = _empty_table("Sinks by text")
     for name in ("text", "tokens", "primary at", "phases", "secondary", "onsets"):
         table.add_column(name, justify="left" if name == "text" else "right", overflow="fold")
-    for sinks, name in zip(maps[:max_rows], names, strict=False):
-        phases = ", ".join(_span((start, end)) for start, end in sinks.phases) or "none"
-        onsets = ", ".join(str(onset) for onset in sorted({s.l_start for s in sinks.secondary}))
+    for sink_map, name in zip(maps[:max_rows], names, strict=False):
+        phases = ", ".join(_span((start, end)) for start, end in sink_map.phases) or "none"
+        onsets = ", ".join(str(onset) for onset in sorted({s.l_start for s in sink_map.secondary}))
         table.add_row(
             Text(name),
-            str(sinks.n_tokens),
-            str(sinks.primary_position),
+            str(sink_map.n_tokens),
+            str(sink_map.primary_position),
             phases,
-            Text(str(len(sinks.secondary)), style=COLORS["secondary"] if sinks.secondary else ""),
+            Text(
+                str(len(sink_map.secondary)),
+                style=COLORS["secondary"] if sink_map.secondary else "",
+            ),
             onsets,
         )
     if len(maps) > max_rows:

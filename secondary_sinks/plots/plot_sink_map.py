@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from einops import reduce
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm, Normalize
@@ -55,6 +56,7 @@ from secondary_sinks.plots.style import (
     text_width,
     visible,
 )
+from secondary_sinks.result import counted
 from secondary_sinks.sinks.sink import Sink
 from secondary_sinks.sinks.sink_map import SinkMap
 
@@ -67,11 +69,11 @@ _TOKEN_LIMIT = 14  # characters of a token in a label
 _MAX_COLUMNS = 600  # of the heat map: about what a page shows apart
 
 
-def plot_sink_map(sinks: SinkMap, *, shade: Shade = "attention", width: float = 7.0) -> Figure:
+def plot_sink_map(sink_map: SinkMap, *, shade: Shade = "attention", width: float = 7.0) -> Figure:
     """Picture of the sinks of one text: lives, attention, sink scores and norms.
 
     Args:
-        sinks: measured (`detect_sinks`) or read (`read_published`, then only the lives are drawn).
+        sink_map: measured (`detect_sinks`) or read (`read_published`, then only the lives are drawn).
         shade: what the heat map shows: "attention" (drawn, over that of ordinary tokens nearby) or
             "alignment" (cosine with the primary's residual, without the common component where the
             map has it).
@@ -87,7 +89,7 @@ def plot_sink_map(sinks: SinkMap, *, shade: Shade = "attention", width: float = 
         raise InputError(f"no shade {shade!r}; use 'attention' or 'alignment'")
     if not width >= 3:
         raise InputError(f"width is {width} inches; a readable figure needs 3 or more")
-    plan = _Plan.of(sinks, width)
+    plan = _Plan.of(sink_map, width)
     with styled():
         figure = new_figure(width, plan.height)
         figure.text(
@@ -98,11 +100,11 @@ def plot_sink_map(sinks: SinkMap, *, shade: Shade = "attention", width: float = 
             fontsize=8,
             parse_math=False,
         )
-        _draw_lives(figure, sinks, plan)
-        _draw_text(figure, sinks, plan, shade)
+        _draw_lives(figure, sink_map, plan)
+        _draw_text(figure, sink_map, plan, shade)
         for draw, (left, top) in zip((draw_scores, draw_norms), plan.lower, strict=False):
-            draw(add_panel(figure, left, top, plan.lower_width, CURVES_HEIGHT), sinks)
-        draw_legend(figure, sinks, left=_LEFT, top=plan.legend_top)
+            draw(add_panel(figure, left, top, plan.lower_width, CURVES_HEIGHT), sink_map)
+        draw_legend(figure, sink_map, left=_LEFT, top=plan.legend_top)
         if plan.footnote:
             bottom = 0.08 / plan.height
             note = "\n".join(plan.footnote)
@@ -158,25 +160,25 @@ class _Plan:
     """Height of the lines that lead from the lives to the text."""
 
     @classmethod
-    def of(cls, sinks: SinkMap, width: float) -> _Plan:
-        columns = _columns(sinks)
+    def of(cls, sink_map: SinkMap, width: float) -> _Plan:
+        columns = _columns(sink_map)
         panel = width - _LEFT - _RIGHT
         widest = max((text_width(column.label) for column in columns), default=0.0)
         # Flat labels have two lines: the token, and its position below.
         flat = max((text_width(part) for c in columns for part in c.label.split(" ")), default=0.0)
         upright = len(columns) * (flat + 0.06) > panel
         labeled = _labeled(columns, panel, _UPRIGHT if upright else flat)
-        measured = sinks.norm is not None and sinks.sink_score is not None
-        title = _wrap(_title(sinks), panel + _RIGHT)
+        measured = sink_map.norm is not None and sink_map.sink_score is not None
+        title = _wrap(_title(sink_map), panel + _RIGHT)
         lives_top = 0.2 + 0.14 * len(title) + 0.1
         if columns:
             lives_top += (widest if upright else 2 * _LINE) + 0.06
         text_top = lives_top + cls.lives_height + cls.gap
-        tokens_named = measured and _names_tokens(sinks, panel)
+        tokens_named = measured and _names_tokens(sink_map, panel)
         text_height = 1.4 if measured else 0.12
         below = text_top + text_height + 0.4
         if tokens_named:
-            below += max(text_width(_token_name(token)) for token in sinks.token_strings) - 0.25
+            below += max(text_width(_token_name(token)) for token in sink_map.token_strings) - 0.25
         side_by_side = width >= 5
         lower_width = (width - 2 * _LEFT - 0.35) / 2 if side_by_side else width - _LEFT - 0.15
         lower: tuple[tuple[float, float], ...] = ()
@@ -186,7 +188,7 @@ class _Plan:
                 second = (_LEFT, below + 0.25 + CURVES_HEIGHT + 0.7)
             lower = ((_LEFT, below + 0.25), second)
             below = second[1] + CURVES_HEIGHT + 0.45
-        footnote = [*sinks.notes]
+        footnote = [*sink_map.notes]
         if len(labeled) < len(columns):
             footnote.append(f"labels: the {len(labeled)} strongest of {len(columns)} tokens")
         lines = tuple(line for note in footnote for line in _wrap(note, width - _LEFT - 0.15))
@@ -194,7 +196,7 @@ class _Plan:
             columns=columns,
             labeled=labeled,
             upright=upright,
-            n_layers=_depth(sinks),
+            n_layers=_depth(sink_map),
             measured=measured,
             title=title,
             footnote=lines,
@@ -205,13 +207,13 @@ class _Plan:
             lower=lower,
             lower_width=lower_width,
             legend_top=below,
-            height=below + legend_height(sinks, width) + len(lines) * _LINE + 0.12,
+            height=below + legend_height(sink_map, width) + len(lines) * _LINE + 0.12,
         )
 
 
-def _columns(sinks: SinkMap) -> tuple[_Column, ...]:
+def _columns(sink_map: SinkMap) -> tuple[_Column, ...]:
     lives: dict[int, list[Sink]] = {}
-    for sink in sinks.sinks:
+    for sink in sink_map.sinks:
         lives.setdefault(sink.position, []).append(sink)
     return tuple(
         _Column(position, tuple(own), f"{_token_name(own[0].token)} {position}")
@@ -240,29 +242,24 @@ def _wrap(text: str, width: float) -> tuple[str, ...]:
     return tuple(textwrap.wrap(text, max(20, int(width / (0.56 * 8 / 72))))) or ("",)
 
 
-def _title(sinks: SinkMap) -> str:
-    counts = [
-        f"{len(found)} {kind} sink{'' if len(found) == 1 else 's'}"
-        for kind, found in (
-            ("primary", {sink.position for sink in sinks.primary}),
-            ("secondary", sinks.secondary),
-        )
-    ]
-    return f"{sinks.model.get('name', '?')}: {sinks.n_tokens} tokens, {', '.join(counts)}"
+def _title(sink_map: SinkMap) -> str:
+    primary = counted(len({sink.position for sink in sink_map.primary}), "primary sink")
+    secondary = counted(len(sink_map.secondary), "secondary sink")
+    return f"{sink_map.model_name}: {sink_map.n_tokens} tokens, {primary}, {secondary}"
 
 
-def _depth(sinks: SinkMap) -> int:
-    if sinks.norm is not None:
-        return int(sinks.norm.shape[0])
-    seen = max((sink.layers[-1] for sink in sinks.sinks), default=0) + 1
-    return int(sinks.n_layers or seen)
+def _depth(sink_map: SinkMap) -> int:
+    if sink_map.norm is not None:
+        return int(sink_map.norm.shape[0])
+    seen = max((sink.layers[-1] for sink in sink_map.sinks), default=0) + 1
+    return int(sink_map.n_layers or seen)
 
 
-def _names_tokens(sinks: SinkMap, panel: float) -> bool:
-    return 0 < len(sinks.token_strings) * _LINE <= panel
+def _names_tokens(sink_map: SinkMap, panel: float) -> bool:
+    return 0 < len(sink_map.token_strings) * _LINE <= panel
 
 
-def _draw_lives(figure: Figure, sinks: SinkMap, plan: _Plan) -> None:
+def _draw_lives(figure: Figure, sink_map: SinkMap, plan: _Plan) -> None:
     axes = add_panel(figure, _LEFT, plan.lives_top, plan.panel_width, plan.lives_height)
     axes.set_label("lives")
     n = max(len(plan.columns), 1)
@@ -276,7 +273,7 @@ def _draw_lives(figure: Figure, sinks: SinkMap, plan: _Plan) -> None:
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     _label_columns(axes, plan)
-    if not sinks.secondary:
+    if not sink_map.secondary:
         text = "no secondary sinks" if plan.columns else "no sinks"
         place = (0.98, 0.5) if plan.columns else (0.5, 0.5)
         aligned = "right" if plan.columns else "center"
@@ -286,7 +283,7 @@ def _draw_lives(figure: Figure, sinks: SinkMap, plan: _Plan) -> None:
     )
     leaders.set_axis_off()
     leaders.set(xlim=(0, 1), ylim=(0, 1))
-    left, right = _extent(sinks)
+    left, right = _extent(sink_map)
     lines = [
         [((index + 0.5) / n, 1.0), ((column.position - left) / (right - left), 0.0)]
         for index, column in enumerate(plan.columns)
@@ -295,9 +292,9 @@ def _draw_lives(figure: Figure, sinks: SinkMap, plan: _Plan) -> None:
     leaders.add_collection(LineCollection(lines, colors=colors, linewidths=0.5))
 
 
-def _extent(sinks: SinkMap) -> tuple[float, float]:
+def _extent(sink_map: SinkMap) -> tuple[float, float]:
     """Limits of the text's axis: the first token, the one that matters, keeps off the frame."""
-    return -0.5 - 0.006 * sinks.n_tokens, max(sinks.n_tokens, 1) - 0.5
+    return -0.5 - 0.006 * sink_map.n_tokens, max(sink_map.n_tokens, 1) - 0.5
 
 
 def _life_bar(sink: Sink, index: int, half: float) -> PathPatch:
@@ -336,18 +333,18 @@ def _label_columns(axes: Axes, plan: _Plan) -> None:
         )
 
 
-def _draw_text(figure: Figure, sinks: SinkMap, plan: _Plan, shade: Shade) -> None:
+def _draw_text(figure: Figure, sink_map: SinkMap, plan: _Plan, shade: Shade) -> None:
     axes = add_panel(figure, _LEFT, plan.text_top, plan.panel_width, plan.text_height)
     axes.set_label("text")
-    n_tokens = max(sinks.n_tokens, 1)
-    axes.set(xlim=_extent(sinks), xlabel="position in the text (tokens)")
+    n_tokens = max(sink_map.n_tokens, 1)
+    axes.set(xlim=_extent(sink_map), xlabel="position in the text (tokens)")
     axes.xaxis.set_major_locator(MaxNLocator(8 if plan.panel_width > 4 else 4, integer=True))
     for side in ("top", "right"):
         axes.spines[side].set_visible(True)
     if not plan.measured:
         axes.set_yticks([])
         return
-    values, norm, caption = _shading(sinks, shade)
+    values, norm, caption = _shading(sink_map, shade)
     stretch = math.ceil(n_tokens / _MAX_COLUMNS)
     pooled = _pooled(values, stretch)
     # The last stretch may reach beyond the end of the text; the limits of the axis cut it.
@@ -360,13 +357,13 @@ def _draw_text(figure: Figure, sinks: SinkMap, plan: _Plan, shade: Shade) -> Non
         cmap="Greys",
         norm=norm,
     )
-    axes.set_xlim(_extent(sinks))
+    axes.set_xlim(_extent(sink_map))
     axes.set_ylabel("layer")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if _names_tokens(sinks, plan.panel_width):
+    if _names_tokens(sink_map, plan.panel_width):
         axes.set_xticks(
             range(n_tokens),
-            [_token_name(token) for token in sinks.token_strings],
+            [_token_name(token) for token in sink_map.token_strings],
             rotation=90,
             family="DejaVu Sans Mono",
             parse_math=False,
@@ -380,16 +377,20 @@ def _draw_text(figure: Figure, sinks: SinkMap, plan: _Plan, shade: Shade) -> Non
     bar.set_label(caption, fontsize=SMALL)
 
 
-def _shading(sinks: SinkMap, shade: Shade) -> tuple[np.ndarray, Normalize, str]:
+def _shading(sink_map: SinkMap, shade: Shade) -> tuple[np.ndarray, Normalize, str]:
     """Values [layer, token] of the heat map, their scale, and what they are called."""
     if shade == "alignment":
-        aligned = sinks.alignment if sinks.centered_alignment is None else sinks.centered_alignment
+        aligned = (
+            sink_map.alignment
+            if sink_map.centered_alignment is None
+            else sink_map.centered_alignment
+        )
         if aligned is not None:
             return _array(aligned), Normalize(0.0, 1.0), "alignment (cosine)"
-    if sinks.attention_ratio is not None:
+    if sink_map.attention_ratio is not None:
         caption = "attention (× ordinary)"
-        return _array(sinks.attention_ratio).clip(1.0, 100.0), LogNorm(1.0, 100.0), caption
-    drawn = _array(_head_mean(sinks.sink_score))
+        return _array(sink_map.attention_ratio).clip(1.0, 100.0), LogNorm(1.0, 100.0), caption
+    drawn = _array(sink_map.array("sink_score").mean(dim=1))
     top = float(np.nanmax(drawn, initial=0.0)) or 1.0
     return drawn, Normalize(0.0, top), "sink score"
 
@@ -399,7 +400,9 @@ def _pooled(values: np.ndarray, stretch: int) -> np.ndarray:
     n_tokens = values.shape[1]
     padded = np.full((values.shape[0], math.ceil(n_tokens / stretch) * stretch), -np.inf)
     padded[:, :n_tokens] = np.nan_to_num(values, nan=-np.inf)
-    pooled: np.ndarray = padded.reshape(values.shape[0], -1, stretch).max(axis=2)
+    pooled: np.ndarray = reduce(
+        padded, "layer (column token) -> layer column", "max", token=stretch
+    )
     pooled[np.isneginf(pooled)] = np.nan
     return pooled
 
@@ -407,9 +410,3 @@ def _pooled(values: np.ndarray, stretch: int) -> np.ndarray:
 def _array(values: Tensor) -> np.ndarray:
     array: np.ndarray = values.detach().float().cpu().numpy()
     return array
-
-
-def _head_mean(score: Tensor | None) -> Tensor:
-    if score is None:
-        raise InputError("this map holds no sink scores")
-    return score.float().mean(dim=1)

@@ -1,4 +1,4 @@
-"""The lower half of a sink map: what sinks and ordinary tokens do from layer to layer.
+"""The lower half of the figure of a sink map: sinks and ordinary tokens from layer to layer.
 
 Two panels, each with one curve for every sink and a gray band for the ordinary tokens: attention
 drawn (the sink score, averaged over heads) and residual norm. The shading says where secondary
@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from secondary_sinks.plots.style import COLORS, SMALL, alive_spans
+from secondary_sinks.sinks.controls import ordinary_tokens
 from secondary_sinks.sinks.sink_map import SinkMap
 
 CURVES_HEIGHT = 1.5
@@ -31,44 +32,44 @@ _ROW = 0.16  # height of a row of the legend in inches
 _ALIVE = "#FBE6D8"  # a light tint of the color of secondary sinks
 
 
-def draw_scores(axes: Axes, sinks: SinkMap) -> None:
+def draw_scores(axes: Axes, sink_map: SinkMap) -> None:
     """Sink score of every sink by layer, averaged over heads; the layer is the attention's."""
     axes.set_label("scores")
     axes.set_title("attention drawn")
-    if sinks.sink_score is None:
+    if sink_map.sink_score is None:
         return
-    score = _array(sinks.sink_score.float().mean(dim=1))
-    _draw_curves(axes, sinks, score, shift=1)
+    score = _array(sink_map.sink_score.float().mean(dim=1))
+    _draw_curves(axes, sink_map, score, shift=1)
     axes.set_ylabel("sink score")
     shown = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
     top = max((float(np.nanmax(values, initial=0.0)) for values in shown), default=0.0)
     axes.set_ylim(0, top * 1.1 or 1.0)
 
 
-def draw_norms(axes: Axes, sinks: SinkMap) -> None:
+def draw_norms(axes: Axes, sink_map: SinkMap) -> None:
     """Residual norm of every sink by layer, logarithmic."""
     axes.set_label("norms")
     axes.set_title("size of the residual")
-    if sinks.norm is None:
+    if sink_map.norm is None:
         return
     axes.set_yscale("log")
-    _draw_curves(axes, sinks, _array(sinks.norm), shift=0)
+    _draw_curves(axes, sink_map, _array(sink_map.norm), shift=0)
     axes.set_ylabel("norm of the residual")
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def legend_height(sinks: SinkMap, width: float) -> float:
+def legend_height(sink_map: SinkMap, width: float) -> float:
     """Height in inches of the legend in a figure of that width."""
-    entries = len(_handles(sinks))
+    entries = len(_handles(sink_map))
     return math.ceil(entries / _legend_columns(width)) * _ROW
 
 
-def draw_legend(figure: Figure, sinks: SinkMap, *, left: float, top: float) -> None:
-    """What the colors mean, in rows whose upper left corner stands at that place in inches."""
+def draw_legend(figure: Figure, sink_map: SinkMap, *, left: float, top: float) -> None:
+    """Draw the legend in rows, with its upper left corner at a place in inches."""
     width, height = figure.get_size_inches()
-    handles = _handles(sinks)
+    handles = _handles(sink_map)
     if not handles:
         return
     figure.legend(
@@ -88,39 +89,39 @@ def _legend_columns(width: float) -> int:
     return 5 if width >= 6 else 2
 
 
-def _handles(sinks: SinkMap) -> list[Line2D | Patch]:
-    present = [kind for kind in ("primary", "secondary", "noise") if _positions(sinks, kind)]
+def _handles(sink_map: SinkMap) -> list[Line2D | Patch]:
+    present = [kind for kind in ("primary", "secondary", "noise") if _positions(sink_map, kind)]
     handles: list[Line2D | Patch] = [
         Line2D([], [], color=COLORS[kind], linewidth=2, label=kind) for kind in present
     ]
-    if sinks.norm is None:
+    if sink_map.norm is None:
         return handles
-    if not sinks.primary:
-        label = f"token {sinks.primary_position} (no sink)"
+    if not sink_map.primary:
+        label = f"token {sink_map.primary_position} (not a sink)"
         handles.append(Line2D([], [], color=COLORS["primary"], linestyle=":", label=label))
     label = "ordinary: median, 5-95 %"
     handles.append(Line2D([], [], color=COLORS["ordinary"], linewidth=2, label=label))
-    if sinks.secondary:
+    if sink_map.secondary:
         handles.append(Patch(color=_ALIVE, label="secondary alive"))
     return handles
 
 
-def _positions(sinks: SinkMap, kind: str) -> list[int]:
-    return sorted({sink.position for sink in sinks.sinks if sink.kind == kind})
+def _positions(sink_map: SinkMap, kind: str) -> list[int]:
+    return sorted({sink.position for sink in sink_map.sinks if sink.kind == kind})
 
 
-def _draw_curves(axes: Axes, sinks: SinkMap, values: np.ndarray, *, shift: int) -> None:
+def _draw_curves(axes: Axes, sink_map: SinkMap, values: np.ndarray, *, shift: int) -> None:
     """Shading, band and curves of values [layer, token]."""
     n_layers = values.shape[0]
     layers = np.arange(n_layers)
-    alive = alive_spans(layer for sink in sinks.secondary for layer in sink.layers)
+    alive = alive_spans(layer for sink in sink_map.secondary for layer in sink.layers)
     for start, end in alive:
         first, last = start + shift - 0.5, min(end + shift, n_layers) - 0.5
         if first < last:
             axes.axvspan(first, last, color=_ALIVE, linewidth=0, zorder=0)
-    _draw_ordinary(axes, sinks, values)
+    _draw_ordinary(axes, sink_map, values)
     for kind in ("noise", "secondary", "primary"):
-        own = _positions(sinks, kind)
+        own = _positions(sink_map, kind)
         for position in own:
             axes.plot(
                 layers,
@@ -130,18 +131,16 @@ def _draw_curves(axes: Axes, sinks: SinkMap, values: np.ndarray, *, shift: int) 
                 alpha=max(0.3, min(1.0, 6 / len(own))) if kind != "primary" else 1.0,
                 gid=f"{kind}-{position}",
             )
-    if not sinks.primary:
+    if not sink_map.primary:
         color = COLORS["primary"]
-        axes.plot(layers, values[:, sinks.primary_position], color=color, linestyle=":")
+        axes.plot(layers, values[:, sink_map.primary_position], color=color, linestyle=":")
     axes.set(xlim=(-0.5, n_layers - 0.5), xlabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
 
 
-def _draw_ordinary(axes: Axes, sinks: SinkMap, values: np.ndarray) -> None:
-    """Median and 5-95 % band of the tokens that are no sinks."""
-    ordinary = np.ones(values.shape[1], dtype=bool)
-    ordinary[[sinks.primary_position, *(sink.position for sink in sinks.sinks)]] = False
-    rest = values[:, ordinary]
+def _draw_ordinary(axes: Axes, sink_map: SinkMap, values: np.ndarray) -> None:
+    """Median and 5-95 % band of the ordinary tokens."""
+    rest = values[:, ordinary_tokens(sink_map).numpy()]
     rest = rest[:, ~np.isnan(rest).any(axis=0)]
     if rest.shape[1] == 0:
         return

@@ -14,26 +14,26 @@ if TYPE_CHECKING:
     from secondary_sinks.sinks.sink_map import SinkMap
 
 
-def margins(sinks: SinkMap, n: int | None) -> pd.DataFrame:
+def margins(sink_map: SinkMap, n: int | None) -> pd.DataFrame:
     """See `SinkMap.margins`."""
     import pandas as pd
 
-    thresholds = sinks.thresholds
+    thresholds = sink_map.thresholds
     passed = torch.stack(
         [
-            sinks.array("centered_alignment") / thresholds["min_alignment"],
-            norm_ratio(sinks.array("centered_norm"), sinks.array("background_centered_norm"))
+            sink_map.array("centered_alignment") / thresholds["min_alignment"],
+            norm_ratio(sink_map.array("centered_norm"), sink_map.array("background_centered_norm"))
             / thresholds["min_norm_ratio"],
-            next_layer(sinks.array("attention_ratio")) / thresholds["min_attention_ratio"],
+            next_layer(sink_map.array("attention_ratio")) / thresholds["min_attention_ratio"],
         ]
     )  # [test, layer, token]
     inside = torch.zeros(passed.shape[1], dtype=torch.bool)
-    for start, end in sinks.phases or ((0, passed.shape[1]),):
+    for start, end in sink_map.phases or ((0, passed.shape[1]),):
         inside[start:end] = True
     closeness = passed.nan_to_num(nan=0.0).amin(dim=0)
     closeness[~inside] = -torch.inf
     nearest, layer = closeness.max(dim=0)
-    called = {sink.position for sink in sinks.sinks} | {sinks.primary_position}
+    called = {sink.position for sink in sink_map.sinks} | {sink_map.primary_position}
     tests = ("alignment", "magnitude", "attention")
     rows = []
     for token in nearest.argsort(descending=True).tolist():
@@ -43,7 +43,7 @@ def margins(sinks: SinkMap, n: int | None) -> pd.DataFrame:
         rows.append(
             {
                 "position": token,
-                "token": sinks.token_strings[token],
+                "token": sink_map.token_strings[token],
                 "layer": int(layer[token]),
                 "alignment": float(values[0]),
                 "magnitude": float(values[1]),

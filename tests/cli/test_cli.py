@@ -16,7 +16,12 @@ import torch
 from typer.testing import CliRunner
 
 import secondary_sinks as ss
-from secondary_sinks import cli, cli_outputs
+from secondary_sinks.cli import saved_maps
+from secondary_sinks.cli.app import app
+from secondary_sinks.cli.detect import demo_messages
+from secondary_sinks.cli.outputs import json_record
+from secondary_sinks.host.model_info import ModelInfo
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.sinks.sink_map import SinkMap
 
 TEMPLATE = (
@@ -70,7 +75,7 @@ def no_model(monkeypatch):
 
 
 def run(*arguments, input=None):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=input)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
 
 
 def same(one: SinkMap, other: SinkMap) -> bool:
@@ -130,11 +135,11 @@ def test_detect_writes_what_the_library_finds(folder, tmp_path):
 
 
 def test_json_is_all_that_standard_output_holds(folder):
-    done = run("detect", folder, "--text", WORDS, "--criterion", "reference", "--json")
+    done = run("detect", folder, "--text", WORDS, "--criterion", "published", "--json")
     record = json.loads(done.stdout)
     model = ss.load_model(folder, progress=False)
     expected = ss.detect_sinks(model, WORDS, criterion="published")
-    assert record["criterion"] == "reference"
+    assert record["criterion"] == "published"
     assert record["n_tokens"] == expected.n_tokens
     assert [sink["layers"] for sink in record["sinks"]] == [
         list(sink.layers) for sink in expected.sinks
@@ -191,10 +196,10 @@ def test_jsonl_gives_a_map_for_each_text_and_tables_over_all(folder, jsonl, tmp_
     ]
 
 
-def test_reference_records_of_prompts_with_outputs(folder, jsonl, tmp_path):
+def test_published_records_of_prompts_with_outputs(folder, jsonl, tmp_path):
     out = tmp_path / "out"
     done = run(
-        "detect", folder, "--jsonl", jsonl, "--out", out, "--chat", "--criterion", "reference"
+        "detect", folder, "--jsonl", jsonl, "--out", out, "--chat", "--criterion", "published"
     )
     assert done.exit_code == 0, done.output
     records = [json.loads(line) for line in (out / "sink_detection.jsonl").open()]
@@ -243,8 +248,8 @@ def test_a_corrupt_line_is_named_before_anything_is_loaded(tmp_path, line, messa
         (["--text", "a", "--file", "b"], "several"),
         (["--text", ""], "empty"),
         (["--file", "/nowhere/at/all"], "cannot read /nowhere/at/all"),
-        (["--text", "a b", "--min-alignment", "2"], "min_alignment is 2"),
-        (["--text", "a b", "--criterion", "reference", "--min-queries", "4"], "--min-queries"),
+        (["--text", "a b", "--min-alignment", "2"], "min_alignment must be a cosine"),
+        (["--text", "a b", "--criterion", "published", "--min-queries", "4"], "--min-queries"),
         (["--text", "a b", "--device", "toaster"], "'toaster' cannot be used"),
     ],
 )
@@ -260,7 +265,7 @@ def test_bad_input_is_refused_without_a_model(arguments, message):
 @pytest.mark.parametrize("command", ["detect", "demo", "levels"])
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, command, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(cli, "read_maps", lambda files: pytest.fail("files were read"))
+    monkeypatch.setattr(saved_maps, "read_maps", lambda files: pytest.fail("files were read"))
     rest = {"detect": ["m", "--text", "a b"], "demo": [], "levels": ["x.jsonl"]}[command]
     done = run(command, *rest, "--out", tmp_path / "file" / "out")
     assert done.exit_code == 2
@@ -325,7 +330,7 @@ def invented_maps(tmp_path):
     from secondary_sinks.sinks.sink import Sink
 
     def a_map(name, *sinks):
-        return SinkMap(None, (), 99, {"name": name}, "reference", {}, 0, ((1, 9),), sinks)
+        return SinkMap(None, (), 99, Provenance(ModelInfo(name)), "published", 0, ((1, 9),), sinks)
 
     primary = Sink(0, "x", 1, "primary", tuple(range(1, 9)))
     twins = [Sink(p, "y", 2, "secondary", tuple(range(8, 18))) for p in (5, 7)]
@@ -369,19 +374,19 @@ def test_demo_writes_data_and_pictures(folder, tmp_path):
         assert (out / name).stat().st_size > 0
         assert f"wrote {out / name}" in done.stdout
     model = ss.load_model(folder, progress=False)
-    expected = ss.detect_sinks(model, cli.demo_messages(), max_tokens=400)
+    expected = ss.detect_sinks(model, demo_messages(), max_tokens=400)
     assert same(SinkMap.load(out / "sinks.safetensors"), expected)
 
 
 def test_the_bundled_conversation_is_one():
-    messages = cli.demo_messages()
+    messages = demo_messages()
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert all(message["content"] for message in messages)
 
 
 def test_json_has_null_for_what_is_not_known(invented_maps):
     files, _ = invented_maps
-    record = cli_outputs.json_record("x", SinkMap.load(files[0]))
+    record = json_record("x", SinkMap.load(files[0]))
     assert record["sinks"][1]["norm"] is None
     assert json.loads(json.dumps(record, allow_nan=False))["sinks"][1]["layers"] == [*range(8, 18)]
 

@@ -6,11 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 import secondary_sinks as ss
-from secondary_sinks import cli
 from secondary_sinks.analyses.attribution.attribution_result import MlpAttribution
 from secondary_sinks.analyses.dose_response import DoseResponse
 from secondary_sinks.analyses.patch_activations import PatchResult
 from secondary_sinks.analyses.remove_sinks import SinkRemoval
+from secondary_sinks.cli.app import app
 from secondary_sinks.planted.planted_model import PlantedPhase, PlantedSink, planted_model
 
 
@@ -32,7 +32,7 @@ def folder(planted, tmp_path_factory):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def written(out, name):

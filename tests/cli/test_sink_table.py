@@ -6,7 +6,7 @@ import dataclasses
 import io
 
 import secondary_sinks as ss
-from secondary_sinks.cli.table import levels_table, sink_report, sink_table, texts_table
+from secondary_sinks.cli.sink_table import levels_table, sink_report, sink_table, texts_table
 from secondary_sinks.plots.style import COLORS
 
 
