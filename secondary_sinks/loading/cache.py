@@ -36,10 +36,6 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
     Returns:
         The absolute path. The folder is not created here.
-
-    Example:
-        >>> cache_folder("models").is_absolute()
-        True
     """
     if cache_dir is None:
         cache_dir = os.environ.get("SECONDARY_SINKS_CACHE") or None

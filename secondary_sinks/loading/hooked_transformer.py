@@ -105,7 +105,7 @@ def _convert(hf: Any, config: Any, tokenizer: Any, device: Any, dtype: torch.dty
 
 
 def _check_length(config: Any) -> int:
-    """Number of tokens of the verifying pass: more than a sliding window shorter than the context."""
+    """Number of tokens of the verifying pass: more than an active sliding window."""
     context = int(getattr(config, "max_position_embeddings", None) or _CHECKED_TOKENS)
     window = _active_window(config)
     if window is None or window >= context:
