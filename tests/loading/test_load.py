@@ -79,8 +79,8 @@ def offline(monkeypatch):
 
 def logits_of(model, tokens=TOKENS):
     with torch.inference_mode():
-        found = model(tokens)
-    return found if isinstance(found, torch.Tensor) else found.logits
+        output = model(tokens)
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 # -- numbers and tokens ---------------------------------------------------------------------------
