@@ -51,7 +51,7 @@ from .intervene.edits import Zero as Zero
 from .intervene.interventions import Intervention as Intervention
 from .intervene.mean_activations import MeanActivations as MeanActivations
 from .intervene.mean_activations import mean_activations as mean_activations
-from .loading.load_model import list_models as list_models
+from .loading.aliases import list_models as list_models
 from .loading.load_model import load_model as load_model
 from .observe.attention_columns import AttentionColumns as AttentionColumns
 from .observe.attention_columns import ColumnRequest as ColumnRequest

@@ -1,11 +1,10 @@
 """The condition in which a model is measured.
 
-Raw weights or not, repeatable activations or not, the attention that it was trained with or not.
+Raw weights or not, repeatable activations or not.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -40,34 +39,6 @@ def refuse_dropout(model: Any, name: str) -> None:
                 f"{name!r} is in training mode with {setting}={value}, so its activations are "
                 "random; call model.eval() first"
             )
-
-
-def warn_of_eager_alibi(hf: Any, name: str) -> None:
-    """Warn if a Falcon with ALiBi attends otherwise eagerly than it was trained to.
-
-    Transformers 5.23 adds its position bias twice in eager attention, which is the one that
-    TransformerLens needs, and once in its fast attention (SDPA). Both are run on a few tokens.
-    """
-    if hf.config.model_type != "falcon" or not hf.config.alibi:
-        return
-    tokens = torch.arange(8, device=next(hf.parameters()).device)[None]
-    before = hf.config._attn_implementation_internal
-    logits = []
-    try:
-        with torch.no_grad():
-            for attention in ("eager", "sdpa"):
-                hf.config._attn_implementation_internal = attention
-                logits.append(hf(tokens, use_cache=False).logits.float())
-    finally:
-        hf.config._attn_implementation_internal = before
-    eager, fast = logits
-    if (eager - fast).norm() > 0.01 * fast.norm():
-        warnings.warn(
-            f"{name} attends otherwise in transformers' eager attention, which TransformerLens "
-            "reads, than in its fast one (SDPA): the position bias is added twice. What is "
-            "measured is not what the model was trained to be.",
-            stacklevel=3,
-        )
 
 
 def processing(model: Any) -> tuple[str, ...]:

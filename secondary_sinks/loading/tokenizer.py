@@ -1,10 +1,10 @@
-"""Read a model's own tokenizer, and keep it as it is.
+"""Read a model's own tokenizer, and protect it from changes.
 
-A sink is a token, so a tokenizer that cuts a text differently measures another text. Two things
-change tokens silently. transformers picks the tokenizer class of some model types by the type
-alone (any Qwen2 model gets Qwen2's rules, though the distilled DeepSeek-R1 models, which are of
-that type, come with rules of their own). And TransformerLens replaces a tokenizer by one that
-puts a BOS token before every text, also where the model never saw one (GPT-2, SmolLM2).
+A sink is a token, so a tokenizer that splits a text differently measures another text. Two
+libraries change tokens silently. transformers picks the tokenizer class of some models by the
+model type alone (every Qwen2 model gets Qwen2's rules, although the distilled DeepSeek-R1 models,
+which are of that type, have other rules). TransformerLens replaces a tokenizer by one that puts a
+BOS token before every text, even for a model that was never trained with one (GPT-2, SmolLM2).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from contextlib import contextmanager
 from typing import Any
 
 from secondary_sinks.errors import LoadError
-from secondary_sinks.loading.convert import one_line
+from secondary_sinks.loading.messages import one_line
 
-# Cases on which tokenizers' rules differ: contractions, digits, spaces, line ends, code, accents
-# in two normal forms, and scripts without spaces.
+# Cases on which the rules of tokenizers differ: contractions, digits, spaces, line ends, code,
+# accents in two normal forms, and scripts without spaces.
 _PROBE = "The cat's 12345 naïve nai\u0308ve cafés:\n\n  x_1 = f(a);\t// 数学 θ² …\r\n A. the"
 
 
 def read_tokenizer(source: str, options: dict[str, Any]) -> Any:
-    """The tokenizer of a folder or hub id.
+    """Read the tokenizer of a folder or hub id.
 
-    Where transformers' choice of class tokenises otherwise than the model's own `tokenizer.json`,
-    the file is believed, with a warning.
+    Where the class that transformers picks splits a text differently from the model's own
+    `tokenizer.json`, the file is used, with a warning.
 
     Args:
         source: Folder or hub id.
-        options: What else `from_pretrained` is to be told (revision, local_files_only, ...).
+        options: Further arguments of `from_pretrained` (revision, local_files_only, ...).
 
     Raises:
         LoadError: transformers finds no tokenizer that it can read.
@@ -41,7 +41,7 @@ def read_tokenizer(source: str, options: dict[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if _follows_its_file(tokenizer, source, options):
             return tokenizer
-        literal = PreTrainedTokenizerFast.from_pretrained(source, **options)
+        from_file = PreTrainedTokenizerFast.from_pretrained(source, **options)
     except Exception as error:
         # The failures are of many types: OSError, ValueError, a TypeError on a missing file, ...
         raise LoadError(
@@ -50,16 +50,16 @@ def read_tokenizer(source: str, options: dict[str, Any]) -> Any:
             "tokenizer=AutoTokenizer.from_pretrained(...) with the tokenizer that the model was "
             "trained with."
         ) from error
-    # Settings of tokenizer_config.json, such as add_bos_token, may rightly overrule the file: only
-    # a difference that is left with the same settings comes from the class.
-    if literal(_PROBE).input_ids == tokenizer(_PROBE).input_ids:
+    # Settings in tokenizer_config.json, such as add_bos_token, may overrule the file. Only a
+    # difference that remains with the same settings comes from the class.
+    if from_file(_PROBE).input_ids == tokenizer(_PROBE).input_ids:
         return tokenizer
     warnings.warn(
-        f"transformers' {type(tokenizer).__name__} tokenises otherwise than the tokenizer.json of "
-        f"{source}; the file is followed. Pass tokenizer= to decide otherwise.",
-        stacklevel=5,
+        f"transformers' {type(tokenizer).__name__} splits text differently from the tokenizer.json "
+        f"of {source}. The file is used; pass tokenizer= to use another tokenizer.",
+        stacklevel=4,
     )
-    return literal
+    return from_file
 
 
 def _follows_its_file(tokenizer: Any, source: str, options: dict[str, Any]) -> bool:
@@ -68,10 +68,10 @@ def _follows_its_file(tokenizer: Any, source: str, options: dict[str, Any]) -> b
     from transformers.utils import cached_file
 
     if not tokenizer.is_fast or type(tokenizer).__name__ == "TokenizersBackend":
-        return True  # no such file, or read from it as it is
-    where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+        return True  # has no such file, or was read from it without changes
+    location = {key: options[key] for key in ("revision", "local_files_only") if key in options}
     path = cached_file(
-        source, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where
+        source, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **location
     )
     if path is None:
         return True
@@ -79,17 +79,18 @@ def _follows_its_file(tokenizer: Any, source: str, options: dict[str, Any]) -> b
 
 
 @contextmanager
-def kept_as_it_is(tokenizer: Any) -> Iterator[None]:
-    """Within the block TransformerLens takes the tokenizer as it is.
+def unchanged_tokenizer(tokenizer: Any) -> Iterator[None]:
+    """Keep TransformerLens from replacing `tokenizer` in the block.
 
-    It would otherwise load a second one, by name, with `add_bos_token=True`. A mark that this has
-    been done stops it, without changing a single token.
+    TransformerLens loads a second tokenizer, by name, with `add_bos_token=True`, unless the init
+    arguments of the first already have it. They are set in the block, which changes no token, and
+    restored afterwards.
     """
-    before = dict(tokenizer.init_kwargs)
+    init_arguments = dict(tokenizer.init_kwargs)
     tokenizer.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path)
     tokenizer.init_kwargs["add_bos_token"] = True
     try:
         yield
     finally:
         tokenizer.init_kwargs.clear()
-        tokenizer.init_kwargs.update(before)
+        tokenizer.init_kwargs.update(init_arguments)

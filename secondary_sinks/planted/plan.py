@@ -1,8 +1,9 @@
-"""What can be planted in a planted model, and what is refused.
+"""What a planted model contains, and which plans are refused.
 
-A plan is refused where its truth would not be honest: a sink that no later block can attend to,
-one that outlives its primary phase, one too small beside the ordinary tokens or beside the common
-component. See `planted` for the models and `planted_weights` for how their weights do it.
+A plan is refused if something in it would not be a sink, or not the only one: a sink that no later
+block can attend to, one that outlives its primary phase, one that is too small compared with
+ordinary tokens or with the common component. See `planted_model` for the models, and `circuits`
+and `weights` for how their weights are made.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ SPECIAL_WORDS = ("<bos>", "<bos2>", "<unk>", "<eos>")
 SINK_LOGIT = 5.5
 """Attention logit of a massive sink in a sink head, where an ordinary token has 0."""
 LEAST_LOGIT = 2.3
-"""A planted sink's logit stays above this, so that it draws ten times what an ordinary token does,
-even where a common component takes its share of the norm."""
+"""Minimum logit of a planted sink, so that it draws ten times the attention of an ordinary token,
+even where a common component takes a share of the norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedSink:
-    """A secondary sink to plant: wherever `token` occurs, it becomes a sink."""
+    """A secondary sink to plant: `token` becomes a sink wherever it occurs."""
 
     token: int
     """Token id (4 or more) whose feature triggers the writer."""
     writer: int
-    """Layer whose MLP writes the sink. The residual after this block is the first that is one."""
+    """Layer whose MLP writes the sink, and the onset: the first layer whose residual is a sink."""
     norm: float
     """Norm of the written vector."""
     lifetime: int
-    """Number of layers. The MLP of layer `writer + lifetime` erases the vector, if there is one
-    (or the last of it; see `fades`)."""
+    """Number of layers. The MLP of layer `writer + lifetime`, if there is one, erases the vector
+    (or the rest of it; see `fades`)."""
     feeders: tuple[int, ...] = ()
     """Earlier layers whose MLPs must each write a part of the feature that the writer reads."""
     fades: bool = False
-    """Not erased at once, whatever its length: every MLP after the writer takes off `norm /
-    lifetime`, as long as there is any. So a longer vector lives longer."""
+    """Instead of one erasure of the whole vector, every MLP after the writer removes `norm /
+    lifetime` while any of the vector is left. So a longer vector lives longer."""
 
     @property
     def end(self) -> int:
-        """First layer whose residual is no sink any more."""
+        """First layer after the onset whose residual is not a sink."""
         return self.writer + self.lifetime
 
 
@@ -85,7 +86,7 @@ class PlantedPlan:
 
     @property
     def primary_tokens(self) -> tuple[int, ...]:
-        """Token ids of the primary tokens, which every text begins with."""
+        """Token ids of the primary tokens, with which every text begins."""
         return tuple(range(self.primary_positions))
 
     @property
@@ -94,18 +95,23 @@ class PlantedPlan:
         return (*(s.token for s in self.secondary), *self.aligned_decoys, *self.large_decoys)
 
     @property
+    def least_tokens(self) -> int:
+        """Minimum length of a text that holds every planted token."""
+        return self.primary_positions + 3 * len(self.planted_tokens) + 8
+
+    @property
     def n_sink_heads(self) -> int:
         """In every layer, heads `0 .. n_sink_heads - 1` attend to sinks."""
         return (self.n_heads + 1) // 2
 
     @property
     def ordinary_norm(self) -> float:
-        """Norm of an ordinary token's residual without the common component, at the last layer."""
+        """Norm of an ordinary token's residual at the last layer, without the common component."""
         return math.sqrt(2 + self.noise**2)
 
 
 def check(plan: PlantedPlan) -> None:
-    """Raise `InputError` where `plan` contradicts itself or plants what is not honestly a sink."""
+    """Raise `InputError` if `plan` contradicts itself or plants something that is not a sink."""
     _check_shape(plan)
     _check_tokens(plan)
     _check_phases(plan)
@@ -113,53 +119,64 @@ def check(plan: PlantedPlan) -> None:
         _check_sink(plan, sink)
 
 
-def _refuse(wrong: bool, message: str) -> None:
-    if wrong:
+def _require(condition: bool, message: str) -> None:
+    if not condition:
         raise InputError(message)
 
 
 def _check_shape(plan: PlantedPlan) -> None:
-    _refuse(plan.architecture not in ("llama", "qwen2"), f"architecture={plan.architecture!r}")
-    _refuse(plan.n_layers < 3, f"n_layers={plan.n_layers}; at least 3")
-    _refuse(plan.n_heads < 1 or plan.d_model % plan.n_heads != 0, "n_heads must divide d_model")
-    width = plan.d_model // plan.n_heads
-    _refuse(width < 4 or width % 2 == 1, f"d_model / n_heads = {width}; an even number from 4 on")
-    _refuse(
-        plan.n_kv_heads < 1 or plan.n_heads % plan.n_kv_heads != 0, "n_kv_heads must divide n_heads"
+    _require(
+        plan.architecture in ("llama", "qwen2"),
+        f"architecture must be 'llama' or 'qwen2', got {plan.architecture!r}",
     )
-    _refuse(not 0 <= plan.noise <= 2, f"noise={plan.noise}; between 0 and 2")
-    _refuse(not 0 <= plan.common <= 100, f"common={plan.common}; between 0 and 100")
-    _refuse(
-        not 0 <= plan.common_alignment <= 0.95,
-        f"common_alignment={plan.common_alignment}; between 0 and 0.95",
+    _require(plan.n_layers >= 3, f"n_layers must be at least 3, got {plan.n_layers}")
+    _require(plan.n_heads >= 1 and plan.d_model % plan.n_heads == 0, "n_heads must divide d_model")
+    d_head = plan.d_model // plan.n_heads
+    _require(
+        d_head >= 4 and d_head % 2 == 0,
+        f"d_model / n_heads must be an even number of at least 4, got {d_head}",
     )
-    _refuse(plan.primary_positions not in (1, 2), f"primary_positions={plan.primary_positions}")
+    _require(
+        plan.n_kv_heads >= 1 and plan.n_heads % plan.n_kv_heads == 0,
+        "n_kv_heads must divide n_heads",
+    )
+    for name, most in {"noise": 2, "common": 100, "common_alignment": 0.95}.items():
+        value = getattr(plan, name)
+        _require(0 <= value <= most, f"{name} must be between 0 and {most}, got {value}")
+    _require(
+        plan.primary_positions in (1, 2),
+        f"primary_positions must be 1 or 2, got {plan.primary_positions}",
+    )
 
 
 def _check_tokens(plan: PlantedPlan) -> None:
     first, planted = len(SPECIAL_WORDS), plan.planted_tokens
-    outside = [t for t in planted if not first <= t < plan.vocab]
-    _refuse(bool(outside), f"tokens {outside} are outside {first} .. vocab - 1 = {plan.vocab - 1}")
-    twice = sorted({t for t in planted if planted.count(t) > 1})
-    _refuse(bool(twice), f"tokens {twice} are planted more than once")
-    left = plan.vocab - first - len(planted)
-    _refuse(left < 8, f"vocab={plan.vocab} leaves {left} ordinary tokens; at least 8")
+    outside = [token for token in planted if not first <= token < plan.vocab]
+    _require(not outside, f"tokens {outside} are outside {first} .. vocab - 1 = {plan.vocab - 1}")
+    repeated = sorted({token for token in planted if planted.count(token) > 1})
+    _require(not repeated, f"tokens {repeated} are planted more than once")
+    n_ordinary = plan.vocab - first - len(planted)
+    _require(
+        n_ordinary >= 8,
+        f"vocab={plan.vocab} leaves {n_ordinary} ordinary tokens; at least 8 are needed",
+    )
 
 
 def _check_phases(plan: PlantedPlan) -> None:
-    _refuse(not plan.phases, "a model needs at least one primary phase")
-    before = -1
+    _require(bool(plan.phases), "a model needs at least one primary phase")
+    previous_end = -1
     for phase in plan.phases:
-        _refuse(
-            not before < phase.start < phase.end <= plan.n_layers,
-            f"{phase} must lie after the previous phase's last layer {before}, within "
-            f"0 .. n_layers = {plan.n_layers}",
+        _require(
+            previous_end < phase.start < phase.end <= plan.n_layers,
+            f"{phase} must lie after the previous phase, which ends at layer {previous_end}, and "
+            f"within 0 .. n_layers = {plan.n_layers}",
         )
-        _refuse(
-            phase.start > plan.n_layers - 2, f"{phase} starts in the last layer: unseen by any head"
+        _require(
+            phase.start <= plan.n_layers - 2,
+            f"{phase} starts in the last layer, after which no head can attend to it",
         )
         _check_norm(plan, phase.norm, repr(phase))
-        before = phase.end
+        previous_end = phase.end
     for name in ("aligned", "large"):
         if getattr(plan, f"{name}_decoys"):
             norm = getattr(plan, f"{name}_decoy_norm")
@@ -167,34 +184,37 @@ def _check_phases(plan: PlantedPlan) -> None:
 
 
 def _check_sink(plan: PlantedPlan, sink: PlantedSink) -> None:
-    _refuse(sink.lifetime < 1, f"{sink} has no lifetime")
-    home = [p for p in plan.phases if p.start < sink.writer < p.end]
-    _refuse(not home, f"{sink}: the writer must lie inside a primary phase, after its start")
-    _refuse(
-        sink.end > home[0].end,
-        f"{sink} outlives its primary phase, which ends at its layer {home[0].end}",
+    _require(sink.lifetime >= 1, f"{sink} has no lifetime; it must be at least 1")
+    phases = [phase for phase in plan.phases if phase.start < sink.writer < phase.end]
+    _require(bool(phases), f"{sink}: the writer must lie inside a primary phase, after its start")
+    _require(
+        sink.end <= phases[0].end,
+        f"{sink} outlives its primary phase, which ends at layer {phases[0].end}",
     )
-    _refuse(sink.writer > plan.n_layers - 2, f"{sink} is written last: unseen by any head")
-    wrong = [f for f in sink.feeders if not 0 <= f < sink.writer]
-    _refuse(bool(wrong), f"{sink}: feeders {wrong} are not layers before the writer")
-    _refuse(len(set(sink.feeders)) < len(sink.feeders), f"{sink} names a feeder twice")
+    _require(
+        sink.writer <= plan.n_layers - 2,
+        f"{sink} is written in the last layer, after which no head can attend to it",
+    )
+    late = [feeder for feeder in sink.feeders if not 0 <= feeder < sink.writer]
+    _require(not late, f"{sink}: feeders {late} are not layers before the writer")
+    _require(len(set(sink.feeders)) == len(sink.feeders), f"{sink} names a feeder twice")
     _check_norm(plan, sink.norm, repr(sink))
     if sink.fades:
         _check_norm(plan, sink.norm / sink.lifetime, f"{sink} in its last layer")
-        _refuse(plan.common > 0, f"{sink} would not fade evenly beside a common component")
+        _require(plan.common == 0, f"{sink} would not fade evenly with a common component")
 
 
 def _check_norm(plan: PlantedPlan, norm: float, name: str) -> None:
+    """Raise unless a vector of this norm is massive and draws attention."""
     least = 8 * plan.ordinary_norm
-    _refuse(
-        not least <= norm <= 4000,
+    _require(
+        least <= norm <= 4000,
         f"{name}: the norm must lie between 8 times an ordinary token's ({least:.1f}) and 4000",
     )
     alignment = plan.common_alignment if plan.common else 0.0
     total = math.sqrt(norm**2 + 2 * alignment * norm * plan.common + plan.common**2)
-    logit = SINK_LOGIT * norm / total
-    _refuse(
-        logit < LEAST_LOGIT,
-        f"{name}: beside a common component of norm {plan.common} it would draw hardly more "
+    _require(
+        SINK_LOGIT * norm / total >= LEAST_LOGIT,
+        f"{name}: with a common component of norm {plan.common} it would draw hardly more "
         f"attention than an ordinary token; a norm of {plan.common} is enough",
     )

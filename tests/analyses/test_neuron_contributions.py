@@ -10,8 +10,9 @@ import torch
 
 import secondary_sinks as ss
 from secondary_sinks.analyses.neuron_contributions import OnlyNeurons
+from secondary_sinks.planted.circuits import Layout, Write, circuits
 from secondary_sinks.planted.planted_model import planted_model, random_planted
-from secondary_sinks.planted.weights import NOISE_NEURONS, Layout, Write, circuits
+from secondary_sinks.planted.weights import NOISE_NEURONS
 from secondary_sinks.sinks.direct_writes import direct_writes
 
 SEEDS = [0, 3]  # with and without feeders

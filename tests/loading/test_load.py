@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from secondary_sinks.errors import LoadError, ModelError
+from secondary_sinks.errors import InputError, LoadError, ModelError
 from secondary_sinks.loading.load_model import load_model
 
 WORDS = ["<s>", "</s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "."]
@@ -47,17 +49,19 @@ def tiny_tokenizer(*, special=True, adds_bos=False):
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **marks)
 
 
-def tiny_llama(**changes):
+def filled(model):
+    """The model with weights so large that a lost or swapped one shows."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    config = LlamaConfig(vocab_size=len(WORDS), **sizes, **heads, **changes)
-    # Far from the small default initialization, so that a lost or swapped weight shows.
-    model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return model
+    return model.eval()
+
+
+def tiny_llama():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return filled(LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **sizes, **heads)))
 
 
 @pytest.fixture
@@ -75,8 +79,8 @@ def offline(monkeypatch):
 
 def logits_of(model, tokens=TOKENS):
     with torch.inference_mode():
-        found = model(tokens)
-    return found if isinstance(found, torch.Tensor) else found.logits
+        output = model(tokens)
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 # -- numbers and tokens ---------------------------------------------------------------------------
@@ -147,8 +151,10 @@ def test_the_folders_own_tokenizer_wins_over_the_usual_one_of_its_family(tmp_pat
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     Qwen2ForCausalLM(Qwen2Config(vocab_size=10, **sizes, **heads)).save_pretrained(tmp_path)
     tiny_tokenizer(adds_bos=True).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"Qwen2Tokenizer tokenises otherwise.*tokenizer\.json"):
+    message = r"Qwen2Tokenizer splits text differently.*tokenizer\.json"
+    with pytest.warns(UserWarning, match=message) as warned:
         model = load_model(tmp_path, progress=False)
+    assert [warning.filename for warning in warned] == [__file__]
     assert model.tokenizer(TEXT).input_ids == TOKENS[0].tolist()
 
 
@@ -161,6 +167,21 @@ def test_gpt2_is_loaded_too(tmp_path):
     model = load_model(tmp_path, progress=False)
     assert torch.allclose(logits_of(model), logits_of(hf), atol=1e-5)
     assert model.tokenizer(TEXT).input_ids == TOKENS[0, 1:].tolist()
+
+
+def test_a_falcon_that_gets_its_position_bias_twice_is_loaded_with_a_warning():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    marks = {"bos_token_id": 0, "eos_token_id": 1}
+    hf = filled(FalconForCausalLM(FalconConfig(vocab_size=10, alibi=True, **sizes, **marks)))
+    logits = {}
+    for attention in ("eager", "sdpa"):
+        hf.config._attn_implementation_internal = attention
+        logits[attention] = logits_of(hf, torch.arange(8)[None])
+    differs = (logits["eager"] - logits["sdpa"]).norm() > 0.01 * logits["sdpa"].norm()
+    with warnings.catch_warnings(record=True) as warned:
+        load_model(hf, tokenizer=tiny_tokenizer(), progress=False)
+    files = [w.filename for w in warned if "adds the position bias twice" in str(w.message)]
+    assert files == [__file__] * bool(differs)
 
 
 def test_an_alias_from_the_package_index_speaks():
@@ -393,18 +414,18 @@ def test_without_a_network_the_error_names_what_works(offline, source):
 
 
 def test_an_unreachable_hub_is_noticed_before_its_client_retries(monkeypatch):
-    from secondary_sinks.loading import load_model as load
+    from secondary_sinks.loading.hub import hub_options
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    assert load._hub_options("main") == {"revision": "main", "local_files_only": True}
+    assert hub_options("main") == {"revision": "main", "local_files_only": True}
     with pytest.raises(LoadError, match="hub cannot be reached"):
         load_model("someone/some-model", progress=False)
 
 
 def test_a_wrong_kind_is_refused(folder):
-    with pytest.raises(ModelError, match="'bridge' or 'hooked', not 'hook'"):
+    with pytest.raises(InputError, match="'bridge' or 'hooked', got 'hook'"):
         load_model(folder, kind="hook")
 
 
