@@ -45,9 +45,12 @@ class Option:
 
 
 SEED = Option("seed", int, 0, "Of every random choice.")
-CONTROLS = Option("n_controls", int, 8, "Matched ordinary tokens for each sink.")
 WRITERS = Option("writers", int | None, None, "Layer of the MLP, instead of the largest write.")
 WRITER = Option("writer", int | None, None, "Layer of the MLP, instead of the largest write.")
+
+
+def _controls(default: int) -> Option:
+    return Option("n_controls", int, default, "Matched ordinary tokens for each sink.")
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,154 @@ class Analysis:
 ANALYSES: tuple[Analysis, ...] = (
     Analysis(
         "attribute_to_mlps",
-        "analyses.attribution.attribute_to_mlps",
+        "analyses.attribute_to_mlps",
         "map and sinks",
-        "Name the MLP that wrote each sink, and those that it needs.",
-        (CONTROLS, SEED),
+        "Name the MLP that wrote each sink, and its feeders.",
+        (_controls(8), SEED),
+    ),
+    Analysis(
+        "dose_response",
+        "analyses.dose_response",
+        "map and sink",
+        "Scale the write of one sink: score and lifetime.",
+        (WRITER, SEED),
+    ),
+    Analysis(
+        "remove_sinks",
+        "analyses.remove_sinks",
+        "map and sinks",
+        "Zero the writers of all sinks: primary, loss, output.",
+        (
+            WRITERS,
+            Option("reverse", bool, False, "Add sinks to ordinary tokens instead."),
+            _controls(5),
+            SEED,
+        ),
+    ),
+    Analysis(
+        "path_effect",
+        "analyses.path_effect",
+        "map and sink",
+        "Follow one write to the keys that read it.",
+        (
+            WRITER,
+            Option("receiver", Literal["k", "v"], "k", "Keys or values of later layers."),
+        ),
+    ),
+    Analysis(
+        "patch_activations",
+        "analyses.patch_activations",
+        "two maps",
+        "Patch activations between two texts, layer by position.",
+        (
+            Option(
+                "direction",
+                Literal["denoising", "noising"],
+                "denoising",
+                "Patch clean activations into the corrupted run, or the reverse.",
+            ),
+            Option(
+                "scan",
+                Literal["exact", "attribution"],
+                "exact",
+                "Run every cell, or estimate all by gradients and run the largest.",
+            ),
+        ),
+    ),
+    Analysis(
+        "mlp_stage_alignment",
+        "analyses.mlp_stage_alignment",
+        "map and sinks",
+        "At which stage of the writer's MLP a token turns.",
+        (WRITERS, _controls(16), SEED),
+    ),
+    Analysis(
+        "mlp_response",
+        "analyses.mlp_response",
+        "maps",
+        "What an MLP writes for principal directions of its input.",
+        (
+            WRITER,
+            Option("n_components", int, 6, "Principal components of the inputs."),
+            _controls(8),
+            SEED,
+        ),
+    ),
+    Analysis(
+        "neuron_contributions",
+        "analyses.neuron_contributions",
+        "map and sinks",
+        "Which neurons of the writer make the write.",
+        (
+            WRITERS,
+            Option("share", float, 0.9, "Share of the write that the listed neurons make."),
+            _controls(8),
+            SEED,
+        ),
+    ),
+    Analysis(
+        "head_reads",
+        "analyses.head_reads",
+        "map and sinks",
+        "Which heads attend to the sinks, and by which part of the logit.",
+        (Option("n_matched", int, 8, "Ordinary keys for each sink."), SEED),
+    ),
+    Analysis(
+        "sink_decomposition",
+        "analyses.decomposition.sink_decomposition",
+        "map and sinks",
+        "What keeps each sink, and what ends it.",
+    ),
+    Analysis(
+        "norm_profiles",
+        "analyses.norm_profiles",
+        "map and sinks",
+        "Norms of residuals, keys and values by layer.",
+    ),
+    Analysis(
+        "norm_law",
+        "analyses.norm_law",
+        "maps",
+        "Written norm against score and lifetime.",
+        (WRITERS, SEED),
+    ),
+    Analysis(
+        "primary_weakening",
+        "analyses.primary_weakening",
+        "maps alone",
+        "Whether the primary weakens while secondary sinks live.",
+        (SEED,),
+    ),
+    Analysis(
+        "separability",
+        "analyses.separability",
+        "maps",
+        "From which layer a probe tells future sinks from other tokens.",
+        (
+            Option("onset", int | None, None, "Of the sinks; by default the most common."),
+            Option("n_permutations", int, 20, "Shuffles of the labels."),
+            SEED,
+        ),
+    ),
+    Analysis(
+        "token_statistics",
+        "analyses.token_statistics",
+        "maps alone",
+        "Which tokens become sinks, against their frequency.",
+        (Option("min_occurrences", int, 5, "Fewest occurrences of a token that is listed."),),
+    ),
+    Analysis(
+        "other_measures",
+        "analyses.other_measures",
+        "map",
+        "The sinks by other published measures, side by side.",
+    ),
+    Analysis(
+        "sink_levels",
+        "sinks.levels",
+        "maps alone",
+        "Which pairs of onset and lifetime recur.",
+        (Option("max_spread", int, 2, "Lifetimes this close are one level (in layers)."),),
     ),
 )
 
