@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from secondary_sinks.sinks.corpus import distinct_sinks, listed, measured, shared_prefixes
 
 import secondary_sinks as ss
-from secondary_sinks.sinks.corpus import distinct_sinks, listed, measured, shared_prefixes
 from secondary_sinks.sinks.sink import Sink
 from secondary_sinks.sinks.sink_map import SinkMap
 
