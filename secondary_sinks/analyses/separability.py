@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -351,6 +351,7 @@ def contrast_of(
     n_layers = next(iter(vectors.values())).shape[0]
     tables = {name: torch.full((len(vectors), n_layers), torch.nan) for name in _COLUMNS}
     n_sinks = int(label.sum())
+    position_auc = _auc(position[compared].numpy(), label)
     for number, values in enumerate(vectors.values()):
         for layer in range(n_layers):
             x = values[layer, compared].double().numpy()
@@ -364,7 +365,7 @@ def contrast_of(
         n_sinks=n_sinks,
         n_others=len(label) - n_sinks,
         n_texts=len(set(groups.tolist())),
-        position_auc=_auc_of(position[compared].numpy(), label),
+        position_auc=max(position_auc, 1 - position_auc),
         **tables,
     )
 
@@ -383,6 +384,7 @@ def probe(
         n_splits: number of folds, at most the number of texts with sinks and with others.
         seed: of the folds and of the shuffles.
     """
+    from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import StratifiedGroupKFold
 
     texts = [set(groups[label == side].tolist()) for side in (True, False)]
@@ -394,10 +396,14 @@ def probe(
     )
     prepared = [(_reduced(x, train), train, test) for train, test in folds]
     strength = INVERSE_PENALTY / x.shape[1]
-    auc, accuracy = _validated(prepared, label, strength)
+    predictions = _predictions(prepared, label, strength)
+    auc, accuracy = _mean_auc(predictions), math.nan
+    if not math.isnan(auc):
+        true, values = (np.concatenate(parts) for parts in zip(*predictions, strict=True))
+        accuracy = float(balanced_accuracy_score(true, values > 0))
     rng = np.random.default_rng(seed)
     shuffled = [
-        _validated(prepared, _shuffled(label, groups, rng), strength)[0]
+        _mean_auc(_predictions(prepared, _shuffled(label, groups, rng), strength))
         for _ in range(n_permutations)
     ]
     chance = np.array([value for value in shuffled if not math.isnan(value)])
@@ -425,45 +431,51 @@ def _reduced(x: Any, train: Any) -> Any:
     return scaled @ axes[size > 1e-9 * max(float(size.max(initial=0.0)), 1e-30)].T
 
 
-def _validated(
+def _predictions(
     prepared: Sequence[tuple[Any, Any, Any]], label: Any, strength: float
-) -> tuple[float, float]:
-    """AUC (mean over folds) and balanced accuracy (over all predictions)."""
-    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-
-    areas, predicted, true = [], [], []
+) -> list[tuple[Any, Any]]:
+    """Of each fold: true labels and the probe's decision values of the tested tokens."""
+    predictions = []
     for x, train, test in prepared:
-        if len(set(label[train].tolist())) < 2:
-            continue
-        # Vectors that differ by rounding alone must not be ranked by it.
-        decision = np.round(_fitted(x[train], label[train], strength)(x[test]), 8)
-        predicted.append(decision > 0)
-        true.append(label[test])
-        if len(set(label[test].tolist())) == 2:
-            areas.append(float(roc_auc_score(label[test], decision)))
-    if not areas:
-        return math.nan, math.nan
-    accuracy = balanced_accuracy_score(np.concatenate(true), np.concatenate(predicted))
-    return float(np.mean(areas)), float(accuracy)
+        if len(set(label[train].tolist())) == 2:
+            # Vectors that differ by rounding alone must not be ranked by it.
+            decision = np.round(_decision(x, label, train, strength)[test], 8)
+            predictions.append((label[test], decision))
+    return predictions
 
 
-def _fitted(x: Any, label: Any, strength: float) -> Callable[[Any], Any]:
-    """The decision function of the regression."""
+def _decision(x: Any, label: Any, train: Any, strength: float) -> Any:
+    """Decision values of all tokens, by a regression that weighs both kinds alike."""
+    from sklearn import config_context
     from sklearn.linear_model import LogisticRegression
 
     if x.shape[1] == 0:  # all vectors are the same: the embeddings of one token are
-        return lambda tested: np.zeros(len(tested))
+        return np.zeros(len(x))
+    weight = np.where(label, 1 / label[train].sum(), 1 / (~label[train]).sum()) * len(train) / 2
     # liblinear's dual is the fastest solver where there are more dimensions than tokens.
     model = LogisticRegression(
-        C=strength,
-        solver="liblinear",
-        dual=True,
-        class_weight="balanced",
-        max_iter=2000,
-        random_state=0,
+        C=strength, solver="liblinear", dual=True, max_iter=2000, random_state=0
     )
-    decide: Callable[[Any], Any] = model.fit(x, label).decision_function
-    return decide
+    with config_context(assume_finite=True, skip_parameter_validation=True):
+        return model.fit(x[train], label[train], weight[train]).decision_function(x)
+
+
+def _mean_auc(predictions: Sequence[tuple[Any, Any]]) -> float:
+    areas = [_auc(values, label) for label, values in predictions]
+    known = [area for area in areas if not math.isnan(area)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _auc(values: Any, label: Any) -> float:
+    """Area under the ROC curve: the share of pairs that are ranked right, ties counted half. From
+    ranks, since scikit-learn's function spends most of its time on checks; NaN for one kind."""
+    from scipy.stats import rankdata
+
+    n_true, n_false = int(label.sum()), int((~label).sum())
+    if not n_true or not n_false:
+        return math.nan
+    ranks = float(rankdata(values)[label].sum())
+    return (ranks - n_true * (n_true + 1) / 2) / (n_true * n_false)
 
 
 def _shuffled(label: Any, groups: Any, rng: np.random.Generator) -> Any:
@@ -487,15 +499,6 @@ def _clusters(x: Any, label: Any, *, seed: int) -> dict[str, float]:
         "rand": float(adjusted_rand_score(label, clusters)),
         "silhouette": float(silhouette_score(x, label)),
     }
-
-
-def _auc_of(values: Any, label: Any) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    if len(set(label.tolist())) < 2:
-        return math.nan
-    area = float(roc_auc_score(label, values))
-    return max(area, 1 - area)
 
 
 def embed(
