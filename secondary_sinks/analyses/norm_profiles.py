@@ -76,9 +76,8 @@ def norm_profiles(
     nothing_else = sinks == "secondary" and not sink_map.secondary
     chosen = [] if nothing_else else sink_map.select(sinks)
     collectors = [Norms("k"), Norms("v"), ResidualNorms()]
-    norms = cast(
-        Trace, trace(model, cast(Tensor, sink_map.tokens), collectors, fwd_hooks=fwd_hooks)
-    )
+    tokens = sink_map.array("tokens")
+    norms = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
     return NormProfiles(
         primary_position=sink_map.primary_position,
         primary_token=sink_map.token_strings[sink_map.primary_position],

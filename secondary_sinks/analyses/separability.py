@@ -141,7 +141,7 @@ def separability(
     for sink_map, tokens in zip(several, chosen, strict=True):
         if tokens:
             collector = ChosenVectors([position for position, _ in tokens], sites)
-            ids = cast(Tensor, sink_map.tokens)
+            ids = sink_map.array("tokens")
             result = cast(Trace, trace(model, ids, [collector], fwd_hooks=fwd_hooks))
             for site in sites:
                 parts[site].append(result["ChosenVectors"][site][: onset + 1])
@@ -206,7 +206,7 @@ def _choose_tokens(
         # Texts without sinks still show the same tokens where they are not sinks.
         count = n_controls * max(1, len(here))
         same = nearest_same_tokens(sink_map, every_sink, count, exclude=range(n_shared))
-        same_ids = torch.isin(cast(Tensor, sink_map.tokens), ids).nonzero().flatten().tolist()
+        same_ids = torch.isin(sink_map.array("tokens"), ids).nonzero().flatten().tolist()
         taken = {*range(n_shared), *same_ids}
         ordinary: list[int] = []
         for sink in here.values():

@@ -26,8 +26,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
-from torch import Tensor
-
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.result import Result, counted
@@ -258,7 +256,7 @@ def _groups(sink_map: SinkMap) -> list[tuple[_Group, ...]]:
     counts: Counter[int] = Counter()
     groups: list[tuple[_Group, ...]] = []
     width = 100 // N_POSITIONS
-    ids = cast(Tensor, sink_map.tokens).tolist()
+    ids = sink_map.array("tokens").tolist()
     for position, (token_id, string) in enumerate(zip(ids, sink_map.token_strings, strict=True)):
         counts[token_id] += 1
         count = counts[token_id]

@@ -8,7 +8,10 @@ from typing import Any
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.provenance import check_model
-from secondary_sinks.sinks.sink_map import SinkMap
+from secondary_sinks.sinks.sink_map import ArrayName, SinkMap
+
+MEASURED: tuple[ArrayName, ...] = ("tokens", "norm", "mean_attention")
+"""Arrays that every measured map has, whatever its criterion."""
 
 
 def check_map(model: Any, sink_map: SinkMap, *, fwd_hooks: Sequence[UserHook] = ()) -> SinkMap:
@@ -64,11 +67,8 @@ def check_one_model(sink_maps: SinkMap | Sequence[SinkMap]) -> tuple[SinkMap, ..
             f"maps of several models: {', '.join(names)}; pass those of one model at a time"
         )
     for sink_map in several:
-        if sink_map.tokens is None or sink_map.mean_attention is None or sink_map.norm is None:
-            raise InputError(
-                f"{sink_map!r} holds no measurements (it was read from a published file): detect "
-                "the sinks of the text with detect_sinks"
-            )
+        for name in MEASURED:
+            sink_map.array(name)
     return several
 
 
@@ -78,16 +78,12 @@ def listed(sink_maps: SinkMap | Sequence[SinkMap]) -> tuple[SinkMap, ...]:
     Raises:
         InputError: no maps, or something else.
     """
-    several = (sink_maps,) if isinstance(sink_maps, SinkMap) else sink_maps
-    if isinstance(several, str) or not isinstance(several, Sequence) or not several:
-        what = "none" if isinstance(several, Sequence) and not several else type(several).__name__
+    one = isinstance(sink_maps, SinkMap | str) or not isinstance(sink_maps, Sequence)
+    several: Sequence[Any] = [sink_maps] if one else sink_maps  # type: ignore[assignment]
+    wrong = [type(entry).__name__ for entry in several if not isinstance(entry, SinkMap)]
+    if wrong or not several:
         raise InputError(
-            f"expected sink maps, got {what}: run sink_maps = detect_sinks(model, texts) first"
+            f"expected sink maps, got {wrong[0] if wrong else 'none'}: run "
+            "sink_maps = detect_sinks(model, texts) first"
         )
-    for sink_map in several:
-        if not isinstance(sink_map, SinkMap):
-            raise InputError(
-                f"expected sink maps, got {type(sink_map).__name__} among them: run "
-                "sink_maps = detect_sinks(model, texts) first"
-            )
     return tuple(several)

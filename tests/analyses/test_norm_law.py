@@ -166,7 +166,7 @@ def test_degenerate_outcomes_are_nan():
 
 def test_qwen_the_score_follows_the_norm_within_a_text(qwen):
     """What is written explains the order of a text's own sinks: the system prompt's seven."""
-    from secondary_sinks.cli.app import demo_messages
+    from secondary_sinks.cli.detect import demo_messages
 
     result = ss.norm_law(qwen, ss.detect_sinks(qwen, demo_messages()))
     assert set(result.writer.tolist()) == {5}

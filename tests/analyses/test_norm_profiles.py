@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.cli.app import demo_messages
+from secondary_sinks.cli.detect import demo_messages
 from secondary_sinks.sinks.controls import ordinary_tokens
 
 

@@ -79,7 +79,7 @@ def test_maps_that_do_not_go_together_are_refused():
         ("a text", "got str"),
         (["a text"], "got str"),
         ([one, a_map([1, 2], [], name="another")], "several models"),
-        (dataclasses.replace(one, tokens=None), "no measurements"),
+        (dataclasses.replace(one, tokens=None), "holds no tokens"),
     ):
         with pytest.raises(ss.InputError, match=message):
             check_one_model(wrong)
