@@ -12,8 +12,8 @@ delimiters tend to become sinks; no two share a paragraph. In the tokenizers of 
 each has between 200 and 1,500 tokens, chats with their template.
 
 Not evidence for: rates over language. The set is small, mostly English, and by one author; a
-difference between two of its kinds is a difference between two times ten texts. To describe a
-model's usual input, use that input.
+difference between two of its kinds rests on about ten texts of each. To describe a model's usual
+input, use that input.
 
 Nothing outside the standard library is imported: `secondary-sinks --help` reads this.
 """

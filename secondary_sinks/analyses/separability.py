@@ -1,4 +1,4 @@
-"""From which layer on can a future sink be told from a token that will not become one?
+"""From which layer on is a future sink separable from a token that will not become one?
 
 Vectors of tokens at every layer up to the onset, of three kinds: *future sinks*, the *same token*
 (its id) where it does not become a sink, and *ordinary* tokens nearby. Future sinks are contrasted
@@ -14,7 +14,7 @@ tell "," from "river". Each contrast has three measures:
 * **silhouette** of the two kinds: 1 for tight and far apart, 0 for intermingled.
 
 `position_auc` is the AUC of a token's position alone: sinks stand early in many texts, and a vector
-that reveals its position tells them apart too.
+that reveals its position separates them too.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def separability(
     seed: int = 0,
     fwd_hooks: Sequence[UserHook] = (),
 ) -> Separability:
-    """From which layer on can a future secondary sink be told from other tokens?
+    """From which layer on is a future secondary sink separable from other tokens?
 
     Compares vectors of the residual before the block and between its halves, of the attention's
     output and of the MLP's, at every layer up to the onset: those of the future sinks of one onset,
@@ -234,7 +234,7 @@ def _position_notes(contrasts: Mapping[ContrastName, Contrast]) -> Iterator[str]
     for name, contrast in contrasts.items():
         if contrast.position_auc >= TELLING_POSITION:
             yield (
-                f"position alone tells sinks from {_OTHERS[name][1]} with an AUC of "
+                f"position alone separates sinks from {_OTHERS[name][1]} with an AUC of "
                 f"{contrast.position_auc:.2f}: a probe that does no better may use the position"
             )
 
@@ -268,7 +268,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Separability(Result):
-    """How well future sinks can be told apart, by site and layer; see `separability`."""
+    """How separable future sinks are, by site and layer; see `separability`."""
 
     onset: int
     """Onset layer of the sinks; those of other onsets are left out."""
@@ -314,8 +314,8 @@ class Separability(Result):
         )
         return (
             f"Separability({self.provenance.model.name!r}, "
-            f"{counted(self.same_token.n_sinks, 'sink')} of onset {self.onset}; told from the same "
-            f"token from layer: {first})"
+            f"{counted(self.same_token.n_sinks, 'sink')} of onset {self.onset}; separable from the "
+            f"same token from layer: {first})"
         )
 
     def to_frame(self) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Separability as a picture: from which layer on future sinks can be told, and their vectors.
+"""Separability as a picture: from which layer on future sinks are separable, and their vectors.
 
 One row per site. Left, the probe's AUC by layer, against the same token (orange) and against
 ordinary tokens (gray), with the 95 % quantile of shuffled labels of the former (dashed); right, the
