@@ -28,7 +28,7 @@ def run_models(levels: Sequence[ss.SinkLevels]) -> Outcome:
     """One panel a model, and how determinism goes with depth."""
     frame = pd.DataFrame(
         {
-            "model": [one.model for one in levels],
+            "model": [one.provenance.model.name for one in levels],
             "n_layers": [one.n_layers for one in levels],
             "n_texts": [one.n_texts for one in levels],
             "n_sinks": [one.n_sinks for one in levels],

@@ -1,11 +1,11 @@
-"""What every result object can do: be saved, be loaded, and show itself in a notebook.
+"""What every result can do: be saved and loaded, be drawn, and be shown in a notebook.
 
-A result is a frozen dataclass that inherits from `Result`. Its fields say how it is stored, so that
-a new kind of result needs no code for it:
+A result is a frozen dataclass that inherits from `Result`. It is stored by its fields and their
+types, so that a new kind of result needs no code for it:
 
 >>> @dataclass(frozen=True)
 ... class Lengths(Result):
-...     length: Float[Tensor, "token"]
+...     length: Float[Tensor, " token"]
 ...     tokens: tuple[str, ...]
 >>> Lengths.load(lengths.save("lengths.safetensors")) == lengths
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Self = TypeVar("Self", bound="Result")
 
-# Marks in the stored record: where a tensor stands, and what JSON would take for something else.
+# Keys in the stored record that mark tensors, tuples, and dictionaries whose keys are not strings.
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 
 
@@ -50,7 +50,7 @@ class Result:
         """Write the result to one safetensors file.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the folder cannot be written to.
         """
         tensors: dict[str, Tensor] = {}
         record = {
@@ -64,15 +64,15 @@ class Result:
         """Read what `save` wrote.
 
         Raises:
-            LoadError: no such file, or it is no such result of this version.
+            LoadError: the file does not exist, or is not such a result of this version.
         """
         tensors, record = load_record(path, cls.__name__)
         try:
             loaded: Self = from_record(record, cls, tensors)
         except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
             raise LoadError(
-                f"{path} is no {cls.__name__} of this version ({type(error).__name__}: {error}); "
-                "compute it again"
+                f"{path} is not a saved {cls.__name__} of this version ({reason}); compute it again"
             ) from error
         return loaded
 
@@ -111,59 +111,59 @@ class Result:
 def to_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON can hold it; tensors go into `tensors`, under the path of their field."""
 
-    def inner(one: Any, key: object) -> Any:
-        return to_record(one, f"{name}.{key}", tensors)
+    def inner(item: Any, key: object) -> Any:
+        return to_record(item, f"{name}.{key}", tensors)
 
     if isinstance(value, Tensor):
         tensors[name] = value
         return {_TENSOR: name}
     if dataclasses.is_dataclass(value):
         names = [entry.name for entry in dataclasses.fields(value)]
-        return {one: inner(getattr(value, one), one) for one in names}
+        return {field: inner(getattr(value, field), field) for field in names}
     if isinstance(value, tuple):
-        return {_TUPLE: [inner(one, index) for index, one in enumerate(value)]}
+        return {_TUPLE: [inner(item, index) for index, item in enumerate(value)]}
     if isinstance(value, list):
-        return [inner(one, index) for index, one in enumerate(value)]
+        return [inner(item, index) for index, item in enumerate(value)]
     if isinstance(value, dict):
         if all(isinstance(key, str) for key in value):
-            return {key: inner(one, key) for key, one in value.items()}
-        return {_ITEMS: [[inner(key, "key"), inner(one, key)] for key, one in value.items()]}
+            return {key: inner(item, key) for key, item in value.items()}
+        return {_ITEMS: [[inner(key, "key"), inner(item, key)] for key, item in value.items()]}
     return value
 
 
 def from_record(value: Any, hint: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `to_record` was given; `hint` is its type, which says which dataclasses it holds."""
+    """The value that `to_record` stored; `hint` is its type, which names the dataclasses in it."""
     hint = _without_none(hint)
     of_items = get_args(hint) or (Any,)
 
-    def inner(one: Any, hint: Any) -> Any:
-        return from_record(one, hint, tensors)
+    def inner(item: Any, hint: Any) -> Any:
+        return from_record(item, hint, tensors)
 
     if isinstance(value, list):
-        return [inner(one, of_items[0]) for one in value]
+        return [inner(item, of_items[0]) for item in value]
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
         return tensors[value[_TENSOR]]
     if _TUPLE in value:
-        alike = len(of_items) == 1 or of_items[1] is Ellipsis
-        hints = itertools.repeat(of_items[0]) if alike else of_items
+        one_type = len(of_items) == 1 or of_items[1] is Ellipsis
+        hints = itertools.repeat(of_items[0]) if one_type else of_items
         items = [inner(*pair) for pair in zip(value[_TUPLE], hints, strict=False)]
         return hint(*items) if hasattr(hint, "_fields") else tuple(items)  # a named tuple
     if _ITEMS in value:
-        return {inner(key, of_items[0]): inner(one, of_items[-1]) for key, one in value[_ITEMS]}
+        return {inner(key, of_items[0]): inner(item, of_items[-1]) for key, item in value[_ITEMS]}
     if dataclasses.is_dataclass(hint):
         types_of = get_type_hints(hint)
         make: Any = hint
-        return make(**{key: inner(one, types_of[key]) for key, one in value.items()})
-    return {key: inner(one, of_items[-1]) for key, one in value.items()}
+        return make(**{key: inner(item, types_of[key]) for key, item in value.items()})
+    return {key: inner(item, of_items[-1]) for key, item in value.items()}
 
 
 def _without_none(hint: Any) -> Any:
     """`X` for `X | None`."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
-    kinds = [one for one in get_args(hint) if one is not type(None)]
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
     return kinds[0] if len(kinds) == 1 else Any
 
 

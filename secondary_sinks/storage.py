@@ -1,7 +1,7 @@
 """Results on disk: one safetensors file, with everything that is not a tensor in its header.
 
-A file is written beside its place and moved there, so that a reader, or a crash, never meets half
-of one.
+A file is written to a temporary name in its folder and then renamed, so that a reader never sees a
+partial file, also after a crash.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def save_record(
     """Write tensors and a JSON-able record to one file.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written to.
     """
     from safetensors.torch import save_file
 
@@ -38,16 +38,16 @@ def save_record(
         "secondary_sinks": __version__,
         "record": json.dumps(record),
     }
-    # Copies, because safetensors refuses two names for one piece of memory.
-    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    return write_atomically(path, lambda part: save_file(own, part, metadata=header))
+    # Copies, because safetensors refuses tensors that share memory.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return write_atomically(path, lambda part: save_file(copies, part, metadata=header))
 
 
 def load_record(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_record` wrote.
 
     Raises:
-        LoadError: no such file, not such a file, or one of a newer format.
+        LoadError: the file does not exist, holds something else, or has a newer format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -67,10 +67,10 @@ def load_record(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[st
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then move it into place.
+    """Let `write` fill a temporary file beside `path`, then rename it.
 
     Raises:
-        InputError: the folder cannot be made or written.
+        InputError: the folder cannot be made or written to.
     """
     path = Path(path)
     try:

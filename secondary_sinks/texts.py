@@ -1,19 +1,19 @@
-"""Seventy-two bundled texts, so that a number over many texts can be had at once.
+"""Seventy-two bundled texts, so that statistics over many texts need no data set.
 
 >>> import secondary_sinks as ss
 >>> model = ss.load_model("smollm2-135m")
 >>> texts = ss.bundled_texts(n=16)
->>> maps = ss.detect_sinks(model, [text.content for text in texts])
+>>> sink_maps = ss.detect_sinks(model, [text.content for text in texts])
 
-What it is: texts of eight kinds (chats, mathematics, prose, code, lists, tables, several languages,
-and plain documents such as letters and articles), written for this project and under its license.
-They differ in how they begin, how they are punctuated and how long they are, since first tokens and
-delimiters are what becomes a sink; no two share a paragraph. In the tokenizers of
-Qwen2.5 and SmolLM2 each has between 200 and 1,500 tokens, chats with their template.
+The texts are of eight kinds (chats, mathematics, prose, code, lists, tables, several languages, and
+plain documents such as letters and articles), written for this project and under its license. They
+differ in how they begin, how they are punctuated and how long they are, since first tokens and
+delimiters tend to become sinks; no two share a paragraph. In the tokenizers of Qwen2.5 and SmolLM2
+each has between 200 and 1,500 tokens, chats with their template.
 
-What it is not: a sample of anything. It is small, mostly English, and of one hand. A rate over
-it is a rate over it, not over language; differences between its kinds can be differences between a
-dozen texts. To say something about a model's usual input, use the model's usual input.
+Not evidence for: rates over language. The set is small, mostly English, and by one author; a
+difference between two of its kinds rests on about ten texts of each. To describe a model's usual
+input, use that input.
 
 Nothing outside the standard library is imported: `secondary-sinks --help` reads this.
 """
@@ -45,24 +45,24 @@ class BundledText:
     """One text of the bundled set."""
 
     id: str
-    """Its kind and a number, such as `prose-03`; stays the same in later versions."""
+    """Its kind and a number, such as `prose-03`; stable across versions."""
     kind: str
     """One of `chat`, `mathematics`, `prose`, `code`, `lists`, `tables`, `multilingual`, `plain`."""
     language: str
     """ISO 639-1 code of its language; for code the name of the programming language."""
     content: str | tuple[dict[str, str], ...]
-    """The text, or the messages of a chat, with role and content: what `detect_sinks`, `trace` and
-    the other questions take as a text. Messages go through the model's chat template by themselves;
-    `chat=True` would present every other text as a user's message as well."""
+    """The text, or the messages of a chat, with role and content, as `detect_sinks` and `trace`
+    take them. Messages always go through the model's chat template; with `chat=True` every other
+    text would become a user's message as well."""
 
     @property
     def is_chat(self) -> bool:
-        """Whether the content is a conversation, which needs a model with a chat template."""
+        """Whether the content is a chat, which needs a model with a chat template."""
         return not isinstance(self.content, str)
 
     @property
     def n_characters(self) -> int:
-        """Length of the text, or of all messages of a chat together."""
+        """Length of the text, or of all messages of a chat."""
         if isinstance(self.content, str):
             return len(self.content)
         return sum(len(message["content"]) for message in self.content)
@@ -86,23 +86,23 @@ def bundled_texts(
 ) -> list[BundledText]:
     """The bundled texts: all, those of some kinds, or a sample that is balanced over kinds.
 
-    The set was written for this project: small, mostly English, of one hand. A rate over it is
-    a rate over it, and no estimate of a rate over language.
+    >>> ss.bundled_texts(["prose", "plain"], n=8)
+
+    Not evidence for: rates over language (see the module).
 
     Args:
-        kinds: which kinds of text, one or several of `chat`, `mathematics`, `prose`, `code`,
-            `lists`, `tables`, `multilingual` and `plain`; by default all. Leave out `chat` for a
-            model without a chat template.
-        n: how many, drawn without replacement; by default all. Numbers of texts of two kinds differ
-            by at most one, unless a kind has no more. With the same seed and kinds a larger sample
+        kinds: one or several of `KINDS`; by default all. Leave out `chat` for a model without a
+            chat template.
+        n: how many, drawn without replacement; by default all. The kinds have equal numbers of
+            texts, up to one, as long as they last. With the same seed and kinds a larger sample
             contains every smaller one.
-        seed: which sample.
+        seed: of the draw.
 
     Returns:
         The texts, in the order of the set.
 
     Raises:
-        InputError: a kind that there is not, no kinds, or n below 1 or above the number of texts.
+        InputError: an unknown kind, no kinds, or n below 1 or above the number of texts.
     """
     wanted = _checked_kinds(kinds)
     texts = [text for text in _read() if text.kind in wanted]
@@ -126,7 +126,7 @@ def _checked_kinds(kinds: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _dealt(texts: Sequence[BundledText], seed: int) -> list[str]:
-    """All ids in the order in which they are drawn: in rounds, in each round one of every kind."""
+    """All ids in the order in which they are drawn: in rounds of one of every kind."""
     draw = random.Random(seed)
     piles: dict[str, list[str]] = {}
     for text in texts:
@@ -142,11 +142,11 @@ def _dealt(texts: Sequence[BundledText], seed: int) -> list[str]:
 
 
 def _read() -> list[BundledText]:
-    """All texts. Read anew each time: messages are dictionaries, which a caller may change."""
+    """All texts. Read again each time, since messages are dictionaries that a caller may change."""
     from importlib.resources import files
 
     bundled = files("secondary_sinks") / "data" / "texts.jsonl"
-    # Not by splitlines, which also breaks at signs that JSON may hold within a string.
+    # splitlines() would also break at characters that JSON allows within a string.
     lines = bundled.read_text(encoding="utf-8").rstrip("\n").split("\n")
     return [_text(json.loads(line)) for line in lines]
 

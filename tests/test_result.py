@@ -23,7 +23,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    value: Float[Tensor, "token"]
+    value: Float[Tensor, " token"]
     spans: tuple[tuple[int, int], ...]
     inner: Part | None = None
 
@@ -94,7 +94,7 @@ def test_a_file_of_other_fields_is_refused_by_name(everything, tmp_path):
         part: Part
 
     Everything2.__name__ = "Everything"
-    with pytest.raises(ss.LoadError, match="no Everything of this version"):
+    with pytest.raises(ss.LoadError, match="not a saved Everything of this version"):
         Everything2.load(path)
 
 

@@ -36,13 +36,14 @@ from torch import Tensor
 from secondary_sinks.analyses.remove_sinks import SinkRemoval
 from secondary_sinks.errors import InputError
 from secondary_sinks.result import Result
-from secondary_sinks.sinks.corpus import measured, shared_by
+from secondary_sinks.sinks.distinct_sinks import shared_beginnings
+from secondary_sinks.sinks.selection import check_one_model
 from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.statistics import (
     Correlation,
     bootstrap_interval,
     grouped_interval,
-    grouped_spearman,
+    spearman,
 )
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def weakening(
     maps: SinkMap | Sequence[SinkMap], removals: Sequence[SinkRemoval], *, seed: int
 ) -> PrimaryWeakening:
     """Put the points of all texts together and relate them; see `primary_weakening`."""
-    several = measured(maps)
+    several = check_one_model(maps)
     n_layers = several[0].norm.shape[0]  # type: ignore[union-attr]
     shape = (len(several), n_layers)
     found = {name: torch.zeros(shape) for name in STRENGTHS}
@@ -253,8 +254,8 @@ def _relate(
     slope_low, slope_high = grouped_interval(text, slope_of, seed=seed)
     return Weakening(
         strength=name,
-        pooled=grouped_spearman(x, y, text, seed=seed),
-        within_layers=grouped_spearman(x, y, text, within=layer, seed=seed),
+        pooled=spearman(x, y, text, seed=seed),
+        within_layers=spearman(x, y, text, within=layer, seed=seed),
         adjusted=Correlation(rho, low, high),
         slope=slope,
         slope_low=slope_low,
@@ -340,7 +341,7 @@ def _notes(
             "differences of their norms are left to compare by"
         )
     shared = [one.secondary and all(sink.position < n for sink in one.secondary)
-              for one, n in zip(maps, shared_by(maps), strict=True)]  # fmt: skip
+              for one, n in zip(maps, shared_beginnings(maps), strict=True)]  # fmt: skip
     if any(shared):
         notes.append(
             f"{sum(map(bool, shared))} of {len(maps)} texts have no secondary sink but those of the"

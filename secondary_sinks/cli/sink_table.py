@@ -75,7 +75,7 @@ def levels_table(levels: Sequence[SinkLevels]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("tokens", overflow="fold")
     for own in levels:
-        name = f"{own.model} ({own.n_texts} text{'' if own.n_texts == 1 else 's'})"
+        name = f"{own.provenance.model.name} ({own.n_texts} text{'' if own.n_texts == 1 else 's'})"
         for level in own.levels:
             shortest, longest = level.lifetimes
             spread = f" ({shortest}-{longest})" if shortest != longest else ""

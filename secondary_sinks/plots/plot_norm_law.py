@@ -1,11 +1,13 @@
 """The norm law as a picture: attention drawn and lifetime over the norm that was written.
 
-Three panels over the written norm, a point a sink: the sink score as it is, the sink score with the
-text's own factor in place of the common one (what is left when texts differ in length), with the
-fitted law, and the lifetime.
+Three panels over the written norm, one point per sink: the sink score; the sink score with the
+text's factor replaced by the mean factor (so that texts of different length compare), with the
+fitted law; and the lifetime.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from secondary_sinks.analyses.norm_law import NormLaw, NormRelation, Written
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.style import COLORS, SMALL, add_panel, new_figure, styled
+from secondary_sinks.statistics import Correlation
 
 _LEFT, _TOP, _BOTTOM, _GAP, _RIGHT = 0.65, 0.45, 0.5, 0.75, 0.15  # inches
 
@@ -26,7 +29,7 @@ def plot_norm_law(
 
     Args:
         law: the sinks of one or many texts.
-        written: what stands on the horizontal axis.
+        written: the measure on the horizontal axis.
         panel: width of a panel in inches.
 
     Returns:
@@ -54,7 +57,9 @@ def plot_norm_law(
         _points(panels[0], x, law.score.numpy())
         _finish(panels[0], "sink score", f"all texts: {_rho(score, 'pooled')}")
         _draw_law(panels[1], x, score)
-        _finish(panels[1], "the same, texts alike", f"within texts: {_rho(score, 'within_texts')}")
+        _finish(
+            panels[1], "score, text factor removed", f"within texts: {_rho(score, 'within_texts')}"
+        )
         _points(panels[2], x, law.lifetime.numpy())
         _finish(panels[2], "lifetime (layers)", f"within texts: {_rho(lifetime, 'within_texts')}")
         panels[2].set_yscale("linear")
@@ -64,16 +69,8 @@ def plot_norm_law(
 
 
 def _points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    axes.plot(
-        x,
-        y,
-        "o",
-        color=COLORS["secondary"],
-        markersize=3,
-        alpha=0.7,
-        markeredgewidth=0,
-        gid="sinks",
-    )
+    look: dict[str, Any] = {"markersize": 3, "alpha": 0.7, "markeredgewidth": 0}
+    axes.plot(x, y, "o", color=COLORS["secondary"], gid="sinks", **look)
 
 
 def _draw_law(axes: Axes, x: np.ndarray, relation: NormRelation) -> None:
@@ -85,8 +82,8 @@ def _draw_law(axes: Axes, x: np.ndarray, relation: NormRelation) -> None:
         )  # fmt: skip
         return
     positive = x > 0
-    said = fit.factor * x[positive] ** fit.exponent
-    _points(axes, x[positive], said * np.exp(fit.residual.numpy()[positive]))
+    predicted = fit.factor * x[positive] ** fit.exponent
+    _points(axes, x[positive], predicted * np.exp(fit.residual.numpy()[positive]))
     ends = np.array([x[positive].min(), x[positive].max()])
     axes.plot(ends, fit.factor * ends**fit.exponent, color="black", linewidth=0.9, gid="law")
     axes.text(
@@ -111,9 +108,10 @@ def _finish(axes: Axes, label: str, title: str) -> None:
 
 
 def _rho(relation: NormRelation, name: str) -> str:
-    found = getattr(relation, name)
-    if np.isnan(found.rho):
+    correlation: Correlation = getattr(relation, name)
+    if np.isnan(correlation.rho):
         return "no correlation"
-    if np.isnan(found.low):
-        return f"rho {found.rho:.2f}"
-    return f"rho {found.rho:.2f}\n95 % interval {found.low:.2f} to {found.high:.2f}"
+    rho = f"rho {correlation.rho:.2f}"
+    if np.isnan(correlation.low):
+        return rho
+    return f"{rho}\n95 % interval {correlation.low:.2f} to {correlation.high:.2f}"

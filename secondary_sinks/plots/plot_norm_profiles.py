@@ -1,7 +1,7 @@
 """Norm profiles as a picture: keys, values and residuals by layer, on logarithmic scales.
 
-The primary is blue, each secondary sink a thin orange line, solid in the layers that show its life;
-the gray band holds nine in ten of the ordinary tokens, with their median in it.
+The primary is blue, each chosen sink a thin orange line, solid in the layers that show its life.
+The gray band holds the middle nine tenths of the ordinary tokens, the gray line is their median.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def _draw(axes: Axes, profiles: NormProfiles, part: Part) -> None:
     gray, orange = COLORS["ordinary"], COLORS["secondary"]
     axes.fill_between(layers, low, high, color=gray, alpha=0.3, linewidth=0)
     axes.plot(layers, median, color=gray, gid="ordinary")
-    for sink, row in zip(profiles.sinks, curves.secondary.numpy(), strict=True):
-        axes.plot(layers, row, color=orange, linewidth=0.6, linestyle=":", alpha=0.8)
+    for sink, norm in zip(profiles.sinks, curves.sinks.numpy(), strict=True):
+        axes.plot(layers, norm, color=orange, linewidth=0.6, linestyle=":", alpha=0.8)
         shown = np.full(len(layers), np.nan)
-        alive = [k for k in (x + (part != "residual") for x in sink.layers) if k < len(layers)]
-        shown[alive] = row[alive]
-        axes.plot(layers, shown, color=orange, linewidth=0.8, alpha=0.8, gid="secondary")
+        alive = profiles.shown_layers(sink, part)
+        shown[alive] = norm[alive]
+        axes.plot(layers, shown, color=orange, linewidth=0.8, alpha=0.8, gid="sink")
     axes.plot(layers, curves.primary.numpy(), color=COLORS["primary"], gid="primary")
     axes.set(xlabel="layer", ylabel=_LABELS[part], yscale="log", xlim=(-0.5, len(layers) - 0.5))
     bottom, top = axes.get_ylim()
@@ -78,10 +78,11 @@ def _draw(axes: Axes, profiles: NormProfiles, part: Part) -> None:
 
 def _draw_legend(figure: Figure, profiles: NormProfiles) -> None:
     width, height = figure.get_size_inches()
-    count = len(profiles.sinks)
+    kinds = sorted({sink.kind for sink in profiles.sinks}) or ["secondary"]
+    chosen = f"{len(profiles.sinks)} {' or '.join(kinds)}, while alive"
     handles: list[Line2D | Patch] = [
         Line2D([], [], color=COLORS["primary"], label="primary"),
-        Line2D([], [], color=COLORS["secondary"], label=f"{count} secondary, while alive"),
+        Line2D([], [], color=COLORS["secondary"], label=chosen),
         Patch(color=COLORS["ordinary"], alpha=0.3, label="ordinary: median, 5 to 95 %"),
     ]
     figure.legend(

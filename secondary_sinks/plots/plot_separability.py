@@ -1,12 +1,14 @@
-"""Separability as a picture: when future sinks can be told, and how their vectors lie.
+"""Separability as a picture: from which layer on future sinks are separable, and their vectors.
 
-A row a site. Left, the probe's AUC by layer, against the same token (orange) and against ordinary
-tokens (gray), with the 95 % quantile of shuffled labels of the first (dashed); right, the vectors
-of the last layers up to the onset in two dimensions: future sinks orange, the same tokens blue,
-ordinary tokens gray.
+One row per site. Left, the probe's AUC by layer, against the same token (orange) and against
+ordinary tokens (gray), with the 95 % quantile of shuffled labels of the former (dashed); right, the
+vectors of the last layers up to the onset in two dimensions: future sinks orange, the same tokens
+blue, ordinary tokens gray.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,11 +24,11 @@ _LEFT, _TOP, _BOTTOM, _GAP, _RIGHT = 0.75, 0.6, 0.5, 0.35, 0.15  # inches
 _KINDS = {ORDINARY: COLORS["ordinary"], SAME_TOKEN: COLORS["primary"], SINK: COLORS["secondary"]}
 
 
-def plot_separability(found: Separability, *, n_layers: int = 4, panel: float = 1.25) -> Figure:
-    """AUC by layer and embeddings, a row a site.
+def plot_separability(result: Separability, *, n_layers: int = 4, panel: float = 1.25) -> Figure:
+    """AUC by layer and embeddings, one row per site.
 
     Args:
-        found: of the sinks of one onset.
+        result: of the sinks of one onset.
         n_layers: how many layers up to the onset are shown in two dimensions.
         panel: side of an embedding in inches.
 
@@ -38,61 +40,54 @@ def plot_separability(found: Separability, *, n_layers: int = 4, panel: float = 
     """
     if not panel > 0 or n_layers < 1:
         raise InputError(f"panel is {panel} inches, n_layers {n_layers}; both must be above 0")
-    layers = range(max(0, found.onset + 1 - n_layers), found.onset + 1)
+    layers = range(max(0, result.onset + 1 - n_layers), result.onset + 1)
     wide, step = 1.5 * panel, panel + _GAP
     width = _LEFT + wide + _GAP + len(layers) * (panel + 0.12) + _RIGHT
-    height = _TOP + len(found.sites) * step - _GAP + _BOTTOM
+    height = _TOP + len(result.sites) * step - _GAP + _BOTTOM
     with styled():
         figure = new_figure(width, height)
-        for row, site in enumerate(found.sites):
+        for row, site in enumerate(result.sites):
             top = _TOP + row * step
             curves = add_panel(figure, _LEFT, top, wide, panel)
-            last = row == len(found.sites) - 1
-            _draw_curves(curves, found, row, with_label=last)
+            last = row == len(result.sites) - 1
+            _draw_curves(curves, result, row, with_label=last)
             for column, layer in enumerate(layers):
                 left = _LEFT + wide + _GAP + column * (panel + 0.12)
                 axes = add_panel(figure, left, top, panel, panel)
                 axes.set_label(f"{site} {layer}")
-                _draw_embedding(axes, found, row, layer)
+                _draw_embedding(axes, result, row, layer)
                 if row == 0:
                     axes.set_title(f"layer {layer}", fontsize=SMALL)
-        _draw_legend(figure, found)
+        _draw_legend(figure, result)
     return figure
 
 
-def _draw_curves(axes: Axes, found: Separability, row: int, *, with_label: bool) -> None:
-    axes.set_label(found.sites[row])
-    layers = np.arange(found.onset + 1)
-    same, ordinary = found.same_token, found.ordinary
-    axes.plot(
-        layers, ordinary.auc[row].numpy(), color=COLORS["ordinary"], marker="o", markersize=2.5
+def _draw_curves(axes: Axes, result: Separability, row: int, *, with_label: bool) -> None:
+    axes.set_label(result.sites[row])
+    layers = np.arange(result.onset + 1)
+    same, ordinary = (
+        contrast.auc[row].numpy() for contrast in (result.same_token, result.ordinary)
     )
-    axes.plot(
-        layers, same.auc[row].numpy(), color=COLORS["secondary"], marker="o", markersize=2.5,
-        gid="same_token",
-    )  # fmt: skip
-    axes.plot(
-        layers, same.chance_high[row].numpy(), color="black", linestyle="--", linewidth=0.7,
-        gid="chance",
-    )  # fmt: skip
+    chance = result.same_token.chance_high[row].numpy()
+    axes.plot(layers, ordinary, "o-", color=COLORS["ordinary"], markersize=2.5)
+    axes.plot(layers, same, "o-", color=COLORS["secondary"], markersize=2.5, gid="same_token")
+    axes.plot(layers, chance, "--", color="black", linewidth=0.7, gid="chance")
     axes.set_ylim(0.3, 1.05)
-    axes.set_xlim(-0.3, found.onset + 0.3)
-    axes.set_ylabel(f"{found.sites[row]}\nAUC of the probe")
+    axes.set_xlim(-0.3, result.onset + 0.3)
+    axes.set_ylabel(f"{result.sites[row]}\nAUC of the probe")
     if with_label:
         axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if np.isnan(same.auc[row].numpy()).all() and np.isnan(ordinary.auc[row].numpy()).all():
+    if np.isnan(same).all() and np.isnan(ordinary).all():
         axes.text(0.5, 0.5, "too few texts", ha="center", color=COLORS["ordinary"],
                   transform=axes.transAxes)  # fmt: skip
 
 
-def _draw_embedding(axes: Axes, found: Separability, row: int, layer: int) -> None:
-    points = found.embedding[row, layer].numpy()
+def _draw_embedding(axes: Axes, result: Separability, row: int, layer: int) -> None:
+    points = result.embedding[row, layer].numpy()
     for kind, color in _KINDS.items():
-        own = points[(found.kind == kind).numpy()]
-        axes.plot(
-            own[:, 0], own[:, 1], "o", color=color, markersize=2.6, alpha=0.7, markeredgewidth=0
-        )
+        x, y = points[(result.kind == kind).numpy()].T
+        axes.plot(x, y, "o", color=color, markersize=2.6, alpha=0.7, markeredgewidth=0)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.margins(0.08)
@@ -100,18 +95,13 @@ def _draw_embedding(axes: Axes, found: Separability, row: int, layer: int) -> No
         axes.spines[side].set_visible(True)
 
 
-def _draw_legend(figure: Figure, found: Separability) -> None:
+def _draw_legend(figure: Figure, result: Separability) -> None:
     width, height = figure.get_size_inches()
-    names = {SINK: "future sinks", SAME_TOKEN: "same token, no sink", ORDINARY: "ordinary"}
+    names = {SINK: "future sinks", SAME_TOKEN: "same token, not a sink", ORDINARY: "ordinary"}
+    dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
     handles = [
         Line2D(
-            [],
-            [],
-            color=_KINDS[kind],
-            linestyle="none",
-            marker="o",
-            markersize=4,
-            label=f"{int((found.kind == kind).sum())} {name}",
+            [], [], color=_KINDS[kind], label=f"{int((result.kind == kind).sum())} {name}", **dot
         )
         for kind, name in names.items()
     ]

@@ -1,4 +1,4 @@
-"""Sink levels as a picture: how many secondary sinks share an onset and a lifetime.
+"""Sink levels as a picture: how many sinks share an onset and a lifetime.
 
 Each cell counts the sinks with exactly that onset (x) and lifetime (y); each outline is a level,
 the lifetimes that were merged into one. Few dark cells mean that the model has discrete levels, a
@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.style import COLORS, SMALL, add_panel, new_figure, styled
+from secondary_sinks.result import counted
 from secondary_sinks.sinks.levels import SinkLevels
 
 _LEFT, _TOP, _BOTTOM, _GAP = 0.55, 0.55, 0.5, 0.25  # inches
@@ -26,12 +27,12 @@ _ROW_WIDTH = 10.0  # inches; wider rows of panels are broken
 
 
 def plot_sink_levels(levels: SinkLevels | Sequence[SinkLevels], *, cell: float = 0.24) -> Figure:
-    """Heat map of sink counts by onset and lifetime, one panel a model.
+    """Heat map of sink counts by onset and lifetime, one panel per model.
 
     Args:
         levels: of one model or of several.
         cell: side of a cell in inches. Panels show the onsets and lifetimes that occur, with some
-            room around them, and grow with their range; below 0.18 the numbers, which are never
+            room around them, and grow with their range. Below 0.18 the numbers, which are never
             smaller than 7 points, are left out.
 
     Returns:
@@ -138,7 +139,7 @@ def _draw(
         axes.text(
             (x0 + x1) / 2,
             (y0 + y1) / 2,
-            "no secondary\nsinks",
+            f"no {'' if levels.sinks == 'all' else levels.sinks}\nsinks",
             ha="center",
             va="center",
             color=COLORS["ordinary"],
@@ -163,9 +164,11 @@ def _outline(axes: Axes, levels: SinkLevels) -> None:
 
 
 def _title(levels: SinkLevels) -> str:
-    name = levels.model if len(levels.model) <= 30 else levels.model[:29] + "…"
-    sinks = f"{levels.n_sinks} sink{'' if levels.n_sinks == 1 else 's'}"
-    return f"{name}\n{sinks} in {levels.n_texts_with_sinks} of {levels.n_texts} texts"
+    name = levels.provenance.model.name
+    name = name if len(name) <= 30 else name[:29] + "…"
+    sinks = counted(levels.n_sinks, "sink")
+    texts = counted(levels.n_texts, "text")
+    return f"{name}\n{sinks} in {levels.n_texts_with_sinks} of {texts}"
 
 
 def _short(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Token statistics as a picture: rates with their intervals, a row a group.
+"""Token statistics as a picture: rates with their intervals, one row per group.
 
 Left, the tokens that are sinks most often; right, classes, tenths of the text, and occurrences. The
 dashed line is the rate of all tokens: a group to the right of it becomes sinks more often.
@@ -31,13 +31,13 @@ _TITLES = {"class": "class", "position": "place in the text", "occurrence": "occ
 
 
 def plot_token_statistics(
-    found: TokenStatistics, *, n_tokens: int = 50, panel: float = 1.9
+    result: TokenStatistics, *, n_tokens: int = 50, panel: float = 1.9
 ) -> Figure:
     """Rates by token, class, position and occurrence.
 
     Args:
-        found: over one or many texts.
-        n_tokens: how many tokens are shown, at most; only such as are sinks at least once.
+        result: over one or many texts.
+        n_tokens: how many tokens are shown at most; only those that are sinks at least once.
         panel: width of a panel in inches.
 
     Returns:
@@ -48,42 +48,41 @@ def plot_token_statistics(
     """
     if not panel > 0 or n_tokens < 1:
         raise InputError(f"panel is {panel} inches, n_tokens {n_tokens}; both must be above 0")
-    tokens = [one for one in found.of("token") if one.n_sinks][:n_tokens]
-    others = {by: found.of(by) for by in ("class", "position", "occurrence")}
-    names = [visible(one.group, limit=_LONGEST) for one in tokens]
-    counts = [f"{one.n_sinks}/{one.n}" for one in tokens]
-    left = 0.2 + max((text_width(f"{a}  {b}") for a, b in zip(names, counts, strict=True)),
-                     default=0.6)  # fmt: skip
+    tokens = [rate for rate in result.of("token") if rate.n_sinks][:n_tokens]
+    others = {by: result.of(by) for by in ("class", "position", "occurrence")}
+    names = [f"{visible(rate.group, limit=_LONGEST)}  {rate.n_sinks}/{rate.n}" for rate in tokens]
+    left = 0.2 + max(map(text_width, names), default=0.6)
     second = left + panel + _GAP + 0.95
     stack = sum(len(rows) * _ROW for rows in others.values()) + 2 * (_GAP + 0.1)
     height = max(len(tokens) * _ROW, stack, 1.0)
     with styled():
         figure = new_figure(second + panel + _RIGHT, _TOP + height + _BOTTOM)
         axes = add_panel(figure, left, _TOP, panel, max(len(tokens), 1) * _ROW)
-        _draw(axes, tokens, found.rate, [f"{a}  {b}" for a, b in zip(names, counts, strict=True)])
+        _draw(axes, tokens, result.rate, names)
         axes.set_label("token")
-        axes.set_title(f"token, sinks of occurrences{_left_out(found, tokens)}", fontsize=SMALL)
+        axes.set_title(f"token, sinks of occurrences{_left_out(result, tokens)}", fontsize=SMALL)
         for label in axes.get_yticklabels():
             label.set_fontfamily("DejaVu Sans Mono")
         top = _TOP
         for by, rows in others.items():
             axes = add_panel(figure, second, top, panel, max(len(rows), 1) * _ROW)
             axes.set_label(by)
-            _draw(axes, rows, found.rate, [f"{one.group}  {one.n_sinks}/{one.n}" for one in rows])
+            labels = [f"{rate.group}  {rate.n_sinks}/{rate.n}" for rate in rows]
+            _draw(axes, rows, result.rate, labels)
             axes.set_title(_TITLES[by], fontsize=SMALL)
             top += len(rows) * _ROW + _GAP + 0.1
     return figure
 
 
-def _left_out(found: TokenStatistics, tokens: Sequence[TokenRate]) -> str:
-    n_all = sum(one.n_sinks > 0 for one in found.of("token"))
+def _left_out(result: TokenStatistics, tokens: Sequence[TokenRate]) -> str:
+    n_all = sum(rate.n_sinks > 0 for rate in result.of("token"))
     return f" ({len(tokens)} of {n_all})" if n_all > len(tokens) else ""
 
 
 def _draw(axes: Axes, rows: Sequence[TokenRate], overall: float, labels: Sequence[str]) -> None:
     places = np.arange(len(rows))
-    rates = np.array([one.rate for one in rows])
-    spread = np.array([(one.rate - one.low, one.high - one.rate) for one in rows]).reshape(-1, 2).T
+    rates = np.array([row.rate for row in rows])
+    spread = np.array([(row.rate - row.low, row.high - row.rate) for row in rows]).reshape(-1, 2).T
     axes.errorbar(
         rates,
         places,

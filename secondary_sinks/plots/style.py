@@ -1,18 +1,17 @@
-"""One look for every figure and table: colors, sizes, and tokens that can be read.
+"""One style for all figures and tables: colors, sizes, and legible tokens.
 
-A reader who has learned once that the primary sink is blue should never have to learn it again, so
-the colors of the kinds live here and nowhere else. They are three of Okabe and Ito's, which stay
-apart for color-blind readers and in gray print; ordinary tokens are gray.
+A kind of token has one color, defined here, in every figure. The colors are three of Okabe and
+Ito's, which remain distinct for color-blind readers and in gray print; ordinary tokens are gray.
 
     >>> COLORS["secondary"]
     '#D55E00'
     >>> visible("\\n You")
     '\\\\n·You'
 
-Figures are made without pyplot: nothing is registered anywhere, no window or backend is needed, and
-what a caller drops is freed. Sizes are in inches and points, for print at that size: no text is
-smaller than 7 points, and panels are placed by hand (`add_panel`) so that labels cannot run into
-each other when a text is longer or a model deeper than the one at hand.
+Figures are made without pyplot: they need no window or backend, and are freed when the caller drops
+them. Sizes are in inches and points, for print at that size: no text is smaller than 7 points, and
+panels are placed explicitly (`add_panel`) so that labels do not overlap with longer texts or deeper
+models.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ _ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", " ": "·", "·"
 
 
 def styled() -> AbstractContextManager[None]:
-    """Context in which artists are made and figures saved in the style of the library."""
+    """Context in which figures are made and saved in the style of the library."""
     return matplotlib.rc_context(_RC)
 
 
@@ -78,7 +77,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def add_panel(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place given in inches, from the figure's left and top edges."""
+    """Axes at a position in inches, from the figure's left and top edges."""
     full_width, full_height = figure.get_size_inches()
     bottom = full_height - top - height
     return figure.add_axes(
@@ -87,12 +86,12 @@ def add_panel(figure: Figure, left: float, top: float, width: float, height: flo
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: float = 200) -> Path:
-    """Write a figure; the ending of the name says in which format (png, pdf, svg).
+    """Write a figure in the format of the file's suffix (png, pdf, svg).
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written to.
     """
-    # Without the date two runs write the same bytes.
+    # Without the date, two runs write the same bytes.
     dated = {".pdf": "CreationDate", ".svg": "Date"}.get(Path(path).suffix.lower())
     metadata = {dated: None} if dated else None
 
@@ -104,23 +103,23 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: float = 200) -> Path:
 
 
 def visible(token: str, *, limit: int | None = None, any_glyph: bool = False) -> str:
-    """A token so that every character of it can be seen.
+    """Spell a token so that every character of it can be seen.
 
     A space becomes `·`; newlines, tabs, other control characters, lone combining marks and
     undecodable bytes become escapes (`\\n`, `\\x1b`, `\\ufffd`); a backslash is doubled, so that a
     newline and the two characters of LaTeX's `\\n` differ.
 
     Args:
-        token: what the token decodes to.
+        token: the token's string.
         limit: cut to at most this many characters, the last of them `…`.
-        any_glyph: keep characters that the figures' font cannot draw, such as Chinese ones; a
-            terminal can, a figure would show empty boxes and gets `\\u4f60`.
+        any_glyph: keep characters that the figures' font cannot draw, such as Chinese ones, for a
+            terminal; in figures they would be empty boxes and become `\\u4f60`.
     """
     if not token:
         return "''"
     shown = [_visible_character(character, any_glyph) for character in token]
     if limit is not None and sum(map(len, shown)) > limit:
-        while sum(map(len, shown)) > limit - 1:  # whole characters: half an escape misleads
+        while sum(map(len, shown)) > limit - 1:  # whole escapes only
             shown.pop()
         shown.append("…")
     return "".join(shown)
@@ -132,7 +131,7 @@ def text_width(text: str, size: float = SMALL) -> float:
 
 
 def alive_spans(layers: Iterable[int]) -> list[tuple[int, int]]:
-    """Runs [start, end) of consecutive layers, for example to shade them.
+    """Runs [start, end) of consecutive layers.
 
     >>> alive_spans([5, 6, 9])
     [(5, 7), (9, 10)]
@@ -164,5 +163,5 @@ def _font_characters() -> frozenset[int]:
     from matplotlib.font_manager import findfont
     from matplotlib.ft2font import FT2Font
 
-    # The copy that matplotlib ships: present on every machine, and the same on all.
+    # The copy that matplotlib ships is the same on every machine.
     return frozenset(FT2Font(findfont("DejaVu Sans Mono")).get_charmap())

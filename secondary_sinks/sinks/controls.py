@@ -85,11 +85,9 @@ def matched_controls(
     median = inside.median(dim=1, keepdim=True).values
     plain = other_id & (inside <= MAX_NORM_RATIO * median).all(dim=0)
     allowed = next((kind for kind in (plain, other_id, seen) if int(kind.sum()) >= n), seen)
-    positions = allowed.nonzero().flatten()
-    distance = ((positions + 1).log() - math.log(sink.position + 1)).abs()
-    nearest = positions[distance.argsort(stable=True)[: max(POOL * n, MIN_POOL)]].numpy()
+    nearest = _nearest(allowed, [sink.position], max(POOL * n, MIN_POOL))
     rng = np.random.default_rng([*seed, sink.position, sink.l_start])
-    return tuple(sorted(rng.permutation(nearest)[:n].tolist()))
+    return tuple(sorted(rng.permutation(np.array(nearest, dtype=int))[:n].tolist()))
 
 
 def same_token_controls(
@@ -97,8 +95,33 @@ def same_token_controls(
 ) -> tuple[int, ...]:
     """Draw ordinary tokens with the token id of a sink, in order of position; the arguments are
     those of `matched_controls`."""
-    ordinary = ordinary_tokens(sink_map)
-    ordinary[-1] = False  # no later token shows what becomes of it
-    same = (ordinary & (sink_map.array("tokens") == sink.token_id)).nonzero().flatten().numpy()
+    same = _same_tokens(sink_map, [sink.token_id]).nonzero().flatten().numpy()
     rng = np.random.default_rng([*seed, sink.position, sink.l_start, 0])
     return tuple(sorted(rng.permutation(same)[:n].tolist()))
+
+
+def nearest_same_tokens(
+    sink_map: SinkMap, sinks: Sequence[Sink], n: int, *, exclude: Collection[int] = ()
+) -> tuple[int, ...]:
+    """The ordinary tokens with the token ids of some sinks whose positions are most like theirs, in
+    order of position. The sinks may be those of other texts: a text without them still shows the
+    same tokens where they are no sinks."""
+    allowed = _same_tokens(sink_map, {sink.token_id for sink in sinks})
+    allowed[list(exclude)] = False
+    return tuple(sorted(_nearest(allowed, [sink.position for sink in sinks], n)))
+
+
+def _same_tokens(sink_map: SinkMap, token_ids: Collection[int]) -> Bool[Tensor, " token"]:
+    """Which ordinary tokens have one of these token ids."""
+    ordinary = ordinary_tokens(sink_map)
+    ordinary[-1] = False  # no later token shows what becomes of it
+    return ordinary & torch.isin(sink_map.array("tokens"), torch.tensor(list(token_ids)))
+
+
+def _nearest(allowed: Bool[Tensor, " token"], targets: Sequence[int], n: int) -> list[int]:
+    """The `n` allowed positions that are nearest to one of the targets, nearest first. Distance is
+    measured between logarithms, since early positions differ more than late ones."""
+    positions = allowed.nonzero().flatten()
+    logs = torch.tensor([math.log(target + 1) for target in targets])
+    distance = ((positions + 1).log()[:, None] - logs).abs().min(dim=1).values
+    return list(positions[distance.argsort(stable=True)[:n]].tolist())

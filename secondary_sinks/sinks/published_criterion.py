@@ -1,18 +1,18 @@
-"""The published detector (arXiv 2512.22213), kept exactly as it is, for comparison.
+"""The published detector (arXiv 2512.22213), reproduced exactly, for comparison.
 
-It looks at hidden states as Hugging Face reports them (the last one after the final norm) and asks
-for alignment alone:
+It reads hidden states as Hugging Face reports them (the last one after the final norm) and tests
+alignment alone:
 
 1. the primary is the candidate position (0, 1, 2 in a chat template, else 0, 1) with the largest
    mean norm over layers;
-2. its layers begin after the largest rise of its norm and end before the largest fall thereafter;
+2. its layers begin after the largest rise of its norm and end before the largest fall after that;
 3. within those layers, every later token with |cos| > 0.9 to the primary is a sink in that layer;
-4. with n layers of L, a token is `secondary` if 4 < n < L - 15, `bos_sink` if n >= L - 15, and else
-   `noise`. Here `bos_sink` is called "primary".
+4. a token that is a sink in n of L layers is `secondary` if 4 < n < L - 15, `bos_sink` if
+   n >= L - 15, and `noise` otherwise. Here `bos_sink` is called "primary".
 
 Known to fail where L is small (with 24 layers a secondary sink that lives 17 is called a BOS sink),
 where all tokens share a large component (nearly all pass), and where the primary has two phases
-(only the one behind the larger rise is seen). Layers need not be contiguous, and the sign of the
+(it sees only the phase after the larger rise). Layers need not be contiguous, and the sign of the
 cosine is ignored.
 """
 
@@ -35,7 +35,7 @@ MIN_COSINE = 0.9
 
 def detect(
     geometry: Geometry,
-    score: Float[Tensor, "layer head token"],
+    score: Float[Tensor, " layer head token"],
     tokens: list[int],
     token_strings: tuple[str, ...],
     *,
@@ -43,7 +43,7 @@ def detect(
     primary: int | None = None,
 ) -> Detection:
     """Find the sinks of one text by the published rule; the arguments are those of
-    `evidence.detect`, with `chat` for whether the tokens came out of a chat template."""
+    `sinks.criterion.detect`, and `chat`: whether the tokens came out of a chat template."""
     allowed = (primary,) if primary is not None else CHAT_CANDIDATES if chat else PLAIN_CANDIDATES
     rows = [row for row, p in enumerate(geometry.candidates) if p in allowed]
     means = geometry.norm.mean(dim=0)[[geometry.candidates[row] for row in rows]]
@@ -62,13 +62,14 @@ def detect(
     ).ratio(score)
     ratio = geometry.norm / geometry.background_norm[:, None]
     centered_ratio = geometry.centered_norm / geometry.background_centered_norm[:, None]
-    seen = score.mean(dim=1)
+    head_mean = score.mean(dim=1)
     sinks = []
     for token in aligned.any(dim=0).nonzero().flatten().tolist():
         layers = tuple(aligned[:, token].nonzero().flatten().tolist())
         shown = [layer + 1 for layer in layers if layer + 1 < n_layers]
         after = [
-            float(seen[layer + 1, token]) if layer + 1 < n_layers else math.nan for layer in layers
+            float(head_mean[layer + 1, token]) if layer + 1 < n_layers else math.nan
+            for layer in layers
         ]
         evidence = Evidence(
             alignment=tuple(cosine[list(layers), token].tolist()),
@@ -84,18 +85,18 @@ def detect(
         )
         kind = kind_of(len(layers), n_layers)
         sinks.append(Sink(token, token_strings[token], tokens[token], kind, layers, evidence))
-    # The published records list the primary first, then the others as they are met layer by layer.
+    # As published records list them: the primary first, then by layer and position.
     sinks.sort(key=lambda sink: (sink.position != position, sink.l_start, sink.position))
     return Detection(
         primary=index, phases=((start, end),), sinks=tuple(sinks), attention_ratio=attention
     )
 
 
-def clip_layers(norm: Float[Tensor, "layer"]) -> tuple[int, int]:
+def clip_layers(norm: Float[Tensor, " layer"]) -> tuple[int, int]:
     """Layers [start, end) between the largest rise of `norm` and the largest fall after it.
 
-    Where the largest rise is the last step there is no fall after it (the published code fails
-    there); the run then goes to the end.
+    Where the largest rise is the last step, no fall can follow (the published code fails there),
+    and the run goes to the end.
     """
     steps = norm[1:] - norm[:-1]
     if len(steps) == 0:

@@ -1,4 +1,4 @@
-"""Check that sink maps belong to the model that an analysis is about to run."""
+"""Check that sink maps belong together, and to the model that an analysis is about to run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.provenance import check_model
-from secondary_sinks.sinks.sink_map import SinkMap
+from secondary_sinks.sinks.sink_map import ArrayName, SinkMap
+
+MEASURED: tuple[ArrayName, ...] = ("tokens", "norm", "mean_attention")
+"""Arrays that every measured map has, whatever its criterion."""
 
 
 def check_map(model: Any, sink_map: SinkMap, *, fwd_hooks: Sequence[UserHook] = ()) -> SinkMap:
@@ -45,10 +48,42 @@ def check_maps(
     Raises:
         InputError: no maps, or as `check_map`.
     """
-    several = (sink_maps,) if isinstance(sink_maps, SinkMap) else sink_maps
-    if isinstance(several, str) or not isinstance(several, Sequence) or not several:
+    several = listed(sink_maps)
+    return tuple(check_map(model, sink_map, fwd_hooks=fwd_hooks) for sink_map in several)
+
+
+def check_one_model(sink_maps: SinkMap | Sequence[SinkMap]) -> tuple[SinkMap, ...]:
+    """Return one or many measured maps as a tuple, for an analysis that runs no model.
+
+    Raises:
+        InputError: no maps, maps of several models, or a map of a published file, which holds no
+            measurements.
+    """
+    several = listed(sink_maps)
+    models = {(sink_map.model_name, sink_map.provenance.weights) for sink_map in several}
+    if len(models) > 1:
+        names = sorted(f"{name!r} (weights {weights or 'unknown'})" for name, weights in models)
         raise InputError(
-            f"expected sink maps, got {type(sink_maps).__name__}: run "
+            f"maps of several models: {', '.join(names)}; pass those of one model at a time"
+        )
+    for sink_map in several:
+        for name in MEASURED:
+            sink_map.array(name)
+    return several
+
+
+def listed(sink_maps: SinkMap | Sequence[SinkMap]) -> tuple[SinkMap, ...]:
+    """Return one or many maps as a tuple.
+
+    Raises:
+        InputError: no maps, or something else.
+    """
+    one = isinstance(sink_maps, SinkMap | str) or not isinstance(sink_maps, Sequence)
+    several: Sequence[Any] = [sink_maps] if one else sink_maps  # type: ignore[assignment]
+    wrong = [type(entry).__name__ for entry in several if not isinstance(entry, SinkMap)]
+    if wrong or not several:
+        raise InputError(
+            f"expected sink maps, got {wrong[0] if wrong else 'none'}: run "
             "sink_maps = detect_sinks(model, texts) first"
         )
-    return tuple(check_map(model, sink_map, fwd_hooks=fwd_hooks) for sink_map in several)
+    return tuple(several)

@@ -222,6 +222,7 @@ def resolve_writers(
     writers: int | Mapping[int, int] | None = None,
     *,
     by: Literal["position", "onset"] = "position",
+    writes: DirectWrite | None = None,
     fwd_hooks: Sequence[UserHook] = (),
 ) -> Writers:
     """The layer whose MLP wrote each sink: those that are given, else the largest write.
@@ -238,13 +239,14 @@ def resolve_writers(
         writers: one layer for all, or a mapping to layers.
         by: what is mapped: positions where the sinks are of one text, onsets where they are of
             several, in each of which a position is another token.
+        writes: the direct writes of these sinks, where they are known already; saves the pass.
         fwd_hooks: hooks in force in the pass.
 
     Raises:
         InputError: a sink without a layer, or a layer out of range.
     """
     if writers is None:
-        writes = direct_writes(model, sink_map, sinks, fwd_hooks=fwd_hooks)
+        writes = writes or direct_writes(model, sink_map, sinks, fwd_hooks=fwd_hooks)
         return Writers(tuple(largest_writes(writes, sinks)), "largest_write")
     layers = []
     for sink in sinks:

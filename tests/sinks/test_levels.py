@@ -5,25 +5,27 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 import secondary_sinks as ss
+from secondary_sinks.host.model_info import ModelInfo
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.sinks.sink import Sink
 from secondary_sinks.sinks.sink_map import SinkMap
 
 
-def make_map(levels, *, n_layers=36, name="hand"):
+def make_map(levels, *, n_layers=36, name="hand", tokens=None):
     sinks = [Sink(0, "<bos>", 1, "primary", tuple(range(2, 30)))]
     sinks += [
         Sink(i + 1, token, 5, "secondary", tuple(range(onset, onset + life)))
         for i, (onset, life, token) in enumerate(levels)
     ]
     return SinkMap(
-        tokens=None,
+        tokens=tokens,
         token_strings=(),
         n_tokens=100,
-        model={"name": name, "n_layers": n_layers},
+        provenance=Provenance(ModelInfo(name, n_layers=n_layers)),
         criterion="evidence",
-        thresholds={},
         primary_position=0,
         phases=((2, 30),),
         sinks=tuple(sinks),
@@ -85,13 +87,43 @@ def test_order_of_texts_does_not_matter():
     assert ss.sink_levels(maps) == ss.sink_levels(maps[::-1])
 
 
+def test_a_sink_that_several_texts_share_counts_once():
+    ids = torch.arange(100)
+    other = torch.cat([ids[:2], torch.tensor([7]), ids[3:]])
+    first = make_map([(5, 10, "x"), (6, 3, "y")], tokens=ids)  # at positions 1 and 2
+    second = make_map([(5, 10, "x"), (6, 3, "z")], tokens=other)
+    levels = ss.sink_levels([first, first])
+    assert levels.counts == {(5, 10): 1, (6, 3): 1}
+    assert (levels.n_texts, levels.n_texts_with_sinks) == (1, 1)
+    assert "2 of 4 sinks" in levels.notes[0]
+    levels = ss.sink_levels([first, second])
+    assert levels.counts == {(5, 10): 1, (6, 3): 2}
+    assert (levels.n_texts, levels.n_texts_with_sinks) == (2, 2)
+    assert {level.onset: level.n_texts for level in levels.levels} == {5: 2, 6: 2}
+    assert "1 of 4 sinks" in levels.notes[0]
+    assert ss.sink_levels(first).notes == ()
+
+
+def test_levels_of_primary_sinks_and_of_all():
+    levels = ss.sink_levels([make_map([(5, 10, "x")])], sinks="primary")
+    assert levels.counts == {(2, 28): 1}
+    assert ss.sink_levels([make_map([(5, 10, "x")])], sinks="all").n_sinks == 2
+    with pytest.raises(ss.InputError, match="sinks='noise'"):
+        ss.sink_levels([make_map([])], sinks="noise")
+
+
+def test_maps_of_several_names_are_noted():
+    levels = ss.sink_levels([make_map([]), make_map([], name="other")])
+    assert "hand, other" in levels.notes[0]
+
+
 def test_levels_come_back_from_disk(tmp_path):
     levels = ss.sink_levels([make_map([(16, 18, "\n"), (16, 17, "·")])])
     assert ss.SinkLevels.load(levels.save(tmp_path / "levels.safetensors")) == levels
 
 
 def test_bad_input():
-    with pytest.raises(ss.InputError, match="no sink maps"):
+    with pytest.raises(ss.InputError, match="expected sink maps, got none"):
         ss.sink_levels([])
     with pytest.raises(ss.InputError, match="layers"):
         ss.sink_levels([make_map([]), make_map([], n_layers=24)])

@@ -9,7 +9,7 @@ import torch
 
 import secondary_sinks as ss
 from secondary_sinks.planted.planted_model import random_planted
-from secondary_sinks.sinks import published_criterion as reference
+from secondary_sinks.sinks import published_criterion
 
 
 def published(hidden, ids, candidates, n_layers):
@@ -61,15 +61,18 @@ def test_parity_on_planted_models(seed):
 
 
 def test_labels_at_their_borders():
-    kinds = [reference.kind_of(n, 36) for n in (1, 4, 5, 20, 21, 36)]
+    kinds = [published_criterion.kind_of(n, 36) for n in (1, 4, 5, 20, 21, 36)]
     assert kinds == ["noise", "noise", "secondary", "secondary", "primary", "primary"]
-    assert reference.kind_of(9, 24) == "primary", "the fixed 15 fails for shallow models"
+    assert published_criterion.kind_of(9, 24) == "primary", "the fixed 15 fails for shallow models"
 
 
 def test_the_clipper_takes_the_larger_rise_and_the_larger_fall_after_it():
-    assert reference.clip_layers(torch.tensor([1.0, 9, 9, 2, 50, 50, 45, 10, 1])) == (4, 7)
-    assert reference.clip_layers(torch.tensor([1.0, 2, 9])) == (2, 3)
-    assert reference.clip_layers(torch.tensor([5.0])) == (0, 1)
+    assert published_criterion.clip_layers(torch.tensor([1.0, 9, 9, 2, 50, 50, 45, 10, 1])) == (
+        4,
+        7,
+    )
+    assert published_criterion.clip_layers(torch.tensor([1.0, 2, 9])) == (2, 3)
+    assert published_criterion.clip_layers(torch.tensor([5.0])) == (0, 1)
 
 
 RECORD = {

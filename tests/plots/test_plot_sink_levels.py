@@ -6,6 +6,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 import secondary_sinks as ss
+from secondary_sinks.host.model_info import ModelInfo
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.plots.plot_sink_levels import plot_sink_levels
 from secondary_sinks.plots.style import COLORS
 from secondary_sinks.sinks.sink import Sink
@@ -18,8 +20,8 @@ def a_map(*lives, name="a model", n_layers=36):
         Sink(9 + index, "y", 2, "secondary", tuple(range(onset, onset + lifetime)))
         for index, (onset, lifetime) in enumerate(lives)
     ]
-    model = {"name": name, "n_layers": n_layers}
-    return SinkMap(None, (), 100, model, "reference", {}, 0, ((2, 30),), tuple(sinks))
+    provenance = Provenance(ModelInfo(name, n_layers=n_layers))
+    return SinkMap(None, (), 100, provenance, "published", 0, ((2, 30),), tuple(sinks))
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_one_panel_a_model_none_on_another():
 def test_a_model_without_sinks_says_so():
     axes = plot_sink_levels(ss.sink_levels([a_map(), a_map()])).axes[0]
     assert "no secondary" in axes.texts[0].get_text()
-    assert "0 sinks in 0 of 2 texts" in axes.get_title(loc="left")
+    assert "no sinks in 0 of 2 texts" in axes.get_title(loc="left")
 
 
 def test_large_counts_are_short():
