@@ -34,8 +34,8 @@ from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site, missing_sites
 from secondary_sinks.host.text_input import Text
+from secondary_sinks.observe.collectors import ChosenVectors
 from secondary_sinks.observe.trace import Trace, trace
-from secondary_sinks.observe.vectors import ChosenVectors
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.corpus import distinct_sinks, repeats_note, shared_by
 from secondary_sinks.sinks.selection import sink_maps_of

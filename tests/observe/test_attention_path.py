@@ -145,7 +145,7 @@ def test_a_collector_of_patterns_gets_them(tiny, tokens_of, long_texts):
     seen = ss.trace(model, tokens, [Pattern(), ss.SinkScores()])
     assert seen.attention == "eager"
     assert seen["Pattern"] == (4, LONG, LONG)
-    with pytest.raises(ss.ModelError, match="'pattern' is asked for"):
+    with pytest.raises(ss.ModelError, match="'pattern' is requested"):
         ss.trace(model, tokens, [Pattern()], attention="streaming")
     handle = model.blocks[0].attn.register_forward_hook(lambda *_: None)
     with pytest.raises(ss.ModelError, match="PyTorch hooks"):
@@ -170,7 +170,7 @@ def test_auto_streams_long_texts(tiny, tokens_of, long_texts):
     texts = [tokens_of(n) for n in lengths]
     short, long = ss.trace(model, texts, [ss.SinkScores()], progress=False)
     assert (short.attention, long.attention) == ("eager", "streaming")
-    assert ss.detect_sinks(model, texts[1]).model["attention"] == "streaming"
+    assert ss.detect_sinks(model, texts[1]).provenance.attention == "streaming"
     for wrong in ("flash", None):
         with pytest.raises(ss.InputError, match="attention"):
             ss.trace(model, texts[0], [ss.SinkScores()], attention=wrong)
@@ -202,7 +202,7 @@ def test_attention_that_nothing_is_known_of_stays_eager(make_tiny, tokens_of, lo
             return super().forward(*args, **kwargs)
 
     model.blocks[1].attn.__class__ = Own
-    with pytest.raises(ss.ModelError, match="nothing is known of"):
+    with pytest.raises(ss.ModelError, match="is of an unknown kind"):
         ss.trace(model, tokens_of(LONG), [ss.SinkScores()], attention="streaming")
     assert ss.trace(model, tokens_of(LONG), [ss.SinkScores()]).attention == "eager"
 
@@ -215,8 +215,8 @@ class OneMoreKey:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"attention_mask": torch.zeros(1, 1, 1, 1)}, "hides keys by a rule of its own"),
-        ({"past_key_values": OneMoreKey()}, "keys that are no tokens"),
+        ({"attention_mask": torch.zeros(1, 1, 1, 1)}, "hides keys by a rule"),
+        ({"past_key_values": OneMoreKey()}, "keys that are not tokens"),
     ],
 )
 def test_attention_over_other_keys_stays_eager(make_tiny, tokens_of, long_texts, arguments, reason):
@@ -231,7 +231,7 @@ def test_attention_over_other_keys_stays_eager(make_tiny, tokens_of, long_texts,
 
 @pytest.mark.parametrize("kind", ["mpt", "falcon-alibi"])
 def test_alibi_of_another_kind_stays_eager(tiny, tokens_of, kind):
-    with pytest.raises(ss.ModelError, match="nothing is known of"):
+    with pytest.raises(ss.ModelError, match="is of an unknown kind"):
         ss.trace(tiny(kind), tokens_of(N), [ss.SinkScores()], attention="streaming")
 
 
@@ -334,7 +334,7 @@ def test_planted_sinks_are_found_streaming():
     streamed, eager = (
         ss.detect_sinks(model, tokens, attention=way) for way in ("streaming", "eager")
     )
-    assert streamed.model["attention"] == "streaming"
+    assert streamed.provenance.attention == "streaming"
     found = [[(s.position, s.kind, s.layers) for s in m.sinks] for m in (streamed, eager)]
     assert found[0] == found[1] != []
 
@@ -362,13 +362,13 @@ def test_whole_texts_are_the_same_streamed(tiny, tokens_of, small_blocks):
 
 def test_the_oracle_and_rows_stream_long_texts(tiny, tokens_of, small_blocks, monkeypatch):
     """Full passes and cached rows of a text beyond the window, without a pattern, are the eager."""
-    model, tokens = tiny("mistral"), tokens_of(LONG)
+    model, sinks = tiny("mistral"), ss.detect_sinks(tiny("mistral"), tokens_of(LONG))
     rows = [ss.Intervention("mlp_out", 1, p, ss.Zero()) for p in (3, 40, 90)]
-    eager = ss.counterfactuals(model, tokens, rows, method="full", progress=False)
+    eager = ss.counterfactuals(model, sinks, rows, method="full", progress=False)
     monkeypatch.setattr(attention_path, "SHORTEST", 64)
     with Shapes() as shapes:
-        streamed = ss.counterfactuals(model, tokens, rows, method="full", progress=False)
-        cached = ss.counterfactuals(model, tokens, rows, method="cached")
+        streamed = ss.counterfactuals(model, sinks, rows, method="full", progress=False)
+        cached = ss.counterfactuals(model, sinks, rows, method="cached")
     heads = model.cfg.n_heads
     assert (2, heads, LONG, LONG) not in shapes.seen
     for name in ("norm", "alignment", "direct_score"):

@@ -336,7 +336,7 @@ def test_a_collector_of_ones_own_in_ten_lines(tiny, tokens_of):
 def test_a_trace_comes_back_from_disk(tiny, tokens_of, tmp_path):
     seen = ss.trace(tiny("llama"), tokens_of(N), [ss.SinkScores(), ss.MassiveActivations()])
     back = ss.Trace.load(seen.save(tmp_path / "deep" / "trace.safetensors"))
-    assert back.host == seen.host
+    assert back.provenance == seen.provenance
     assert back.token_strings == seen.token_strings
     torch.testing.assert_close(back["SinkScores"], seen["SinkScores"], equal_nan=True)
     torch.testing.assert_close(back["MassiveActivations.ratio"], seen["MassiveActivations"].ratio)
@@ -393,7 +393,7 @@ def test_processed_weights_are_noticed(make_tiny, tokens_of):
     assert info.is_processed
     sinks = ss.detect_sinks(model, tokens_of(N))
     assert any("not raw" in note for note in sinks.notes)
-    assert sinks.model["processing"] == info.processing
+    assert sinks.provenance.model.processing == info.processing
 
 
 def test_compatibility_mode_fires_each_hook_once(make_tiny, tokens_of):
