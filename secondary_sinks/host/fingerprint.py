@@ -6,8 +6,8 @@ a model.
 
 The hash of the weights covers the name, shape, precision and `SAMPLES` evenly spaced values of
 every parameter: it takes milliseconds, and any retrained, edited or rounded model differs in it. A
-change of a few single values may not change it, nor does a setting that is not a weight, such as
-the base of a rotary embedding.
+change of a few single values may not change it, and settings that are not weights, such as a
+sliding window or the scaling of a rotary embedding, do not.
 """
 
 from __future__ import annotations

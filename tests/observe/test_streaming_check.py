@@ -81,17 +81,21 @@ def test_windows_are_checked_without_a_long_eager_pass(
         assert torch.equal(streamed[name].nan_to_num(), again[name].nan_to_num())
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
-@pytest.mark.parametrize("told", [WINDOW - 1, WINDOW + 1, None])
-def test_a_window_that_is_not_the_masks_is_noticed(windowed, tokens_of, no_budget, family, told):
-    """The layer names one width, and the host masks by another."""
+@pytest.mark.parametrize(
+    ("family", "width"),
+    [("gemma2", WINDOW - 1), ("gpt-oss", WINDOW + 1), ("gemma2", WINDOW + 1), ("gpt-oss", None)],
+)
+def test_a_window_that_is_not_the_masks_is_noticed(windowed, tokens_of, no_budget, family, width):
+    """The layer names one width, and the model masks by another."""
     model = windowed(family, **WINDOWED[family])
-    model.blocks[0].attn.original_component.sliding_window = told
-    with pytest.raises(ss.ModelError, match=r"differs from a dense computation|no layer's mask has"):
+    model.blocks[0].attn.original_component.sliding_window = width
+    with pytest.raises(
+        ss.ModelError, match=r"differs from a dense computation|no layer's mask has"
+    ):
         ss.trace(model, tokens_of(N), [ss.SinkScores()], attention="streaming")
 
 
-def test_a_rule_of_its_own_is_noticed(windowed, tokens_of, monkeypatch, no_budget):
+def test_another_rule_of_the_mask_is_noticed(windowed, tokens_of, monkeypatch, no_budget):
     model = windowed("mistral", **WINDOWED["mistral"])
     monkeypatch.setattr(attention_path, "SHORTEST", N)
     build = streaming._mask_builder
@@ -112,7 +116,7 @@ def test_a_rule_of_its_own_is_noticed(windowed, tokens_of, monkeypatch, no_budge
         ss.trace(model, tokens_of(N), [ss.SinkScores()], attention="streaming")
 
 
-def test_a_host_that_shows_no_mask_is_not_trusted(windowed, tokens_of, monkeypatch, no_budget):
+def test_a_model_that_shows_no_mask_stays_eager(windowed, tokens_of, monkeypatch, no_budget):
     model = windowed("mistral", **WINDOWED["mistral"])
     monkeypatch.setattr(streaming, "_mask_builder", lambda look_up: lambda *_, **__: None)
     with pytest.raises(ss.ModelError, match="does not show the mask"):
@@ -150,10 +154,9 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_no_memory_for_the_comparison(make_tiny, tokens_of, monkeypatch, error):
+def test_no_memory_for_the_comparison(make_tiny, tokens_of, monkeypatch):
     """`auto` falls back; where the eager pass does not fit either, the message has both reasons."""
-    model, tokens = make_tiny("llama"), tokens_of(N)
+    model, tokens, error = make_tiny("llama"), tokens_of(N), OUT_OF_MEMORY[-1]
     monkeypatch.setattr(attention_path, "SHORTEST", N)
     run = streaming_check._run
 
@@ -193,8 +196,9 @@ def test_other_errors_pass_unchanged(make_tiny, tokens_of):
         )
 
 
-def test_the_allocator_of_the_cpu_is_understood():
+def test_what_counts_as_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 55)
     assert is_out_of_memory(caught.value)
+    assert all(map(is_out_of_memory, OUT_OF_MEMORY))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
