@@ -28,14 +28,13 @@ from torch import Tensor
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Text
-from secondary_sinks.observe.collectors import (
-    Collector,
-    MassiveActivation,
-    MassiveActivations,
+from secondary_sinks.observe.attention_collectors import (
+    AttentionEntropy,
+    Entropies,
     SinkScores,
     sink_rate,
 )
-from secondary_sinks.observe.entropy import AttentionEntropy, Entropies
+from secondary_sinks.observe.collectors import Collector, MassiveActivation, MassiveActivations
 from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.detect_sinks import detect_sinks

@@ -1,29 +1,31 @@
-"""Replace the attention of a `TransformerBridge`, for as long as a context lasts.
+"""Replace the attention of a `TransformerBridge` for the duration of a context.
 
 The bridge computes attention eagerly, whole pattern by whole pattern, so that its hooks can show
-it. `replaced_attention` hands queries, keys and values to a function of one's own instead, and
-takes its output:
+it. `replaced_attention` passes queries, keys and values to a function instead, and uses its output:
 
 >>> def attend(layer: int, inputs: AttentionInputs) -> Tensor:  # [batch, token, head, d_head]
 ...     ...
 >>> with replaced_attention(model, attend):
 ...     observe(...)
 
-Everything outside of the scores goes on as before: the hooks of queries, keys and values, of what
-the heads put out and of the residual stream fire and can be edited. Those between the projections
-and the output (`pattern`, `attn_scores`, rotated queries and keys) do *not* fire, and the host says
-nothing; `observe.attention_path` finds out which, and compares the rest with the eager pass.
+Everything outside of the scores runs as before: the hooks of queries, keys and values, of the
+heads' outputs and of the residual stream fire and can be edited. Those between the projections and
+the output (`pattern`, `attn_scores`, rotated queries and keys) do *not* fire, without a warning;
+`observe.streaming_check` determines which, and compares the rest with the eager pass.
 
-A bridge has attention of two kinds. Where the model has a projection each for queries, keys and
-values, Hugging Face's own attention module is run (its projections are parts of the bridge, hooks
-and all) with an attention function and a mask builder that are registered under a name of their
-own. Modules that are older than this registry (GPT-J, GPT-Neo) have a method `_attn` to exchange.
-Where the model has one joint projection (GPT-2, NeoX, Phi-3, Bloom) the bridge has split it,
-Hugging Face's module does not know the parts, and the step of the bridge after the projections is
-exchanged. `HookedTransformer` has no such place: scores, mask, softmax and hooks are one method.
+A bridge has attention of three kinds:
 
-Hugging Face's module does all that the model does. Where the bridge's own attention does something
-else, `observe.attention_path` finds out; a module that hides keys by a rule of its own is refused.
+* Where the model has separate projections for queries, keys and values, Hugging Face's attention
+  module is run (its projections are parts of the bridge, hooks included) with an attention function
+  and a mask builder that are registered under a temporary name.
+* Modules that are older than this registry (GPT-J, GPT-Neo) have a method `_attn`, which is
+  replaced.
+* Where the model has one joint projection (GPT-2, NeoX, Phi-3, Bloom), the bridge has split it,
+  Hugging Face's module does not know the parts, and the bridge's step after the projections is
+  replaced.
+
+`HookedTransformer` offers no such place: scores, mask, softmax and hooks are one method. A module
+that hides keys by a rule that `AttentionInputs` cannot express raises.
 """
 
 from __future__ import annotations
@@ -46,32 +48,35 @@ from secondary_sinks.host.temporary import exchanged
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What attention is computed from, in one layer."""
+    """The inputs of one layer's attention."""
 
-    query: Float[Tensor, "batch head token d_head"]
-    """Positions are applied already, to keys as well."""
-    key: Float[Tensor, "batch kv_head token d_head"]
-    value: Float[Tensor, "batch kv_head token d_head"]
+    query: Float[Tensor, " batch head token d_head"]
+    """Position embeddings are already applied, to keys as well."""
+    key: Float[Tensor, " batch kv_head token d_head"]
+    value: Float[Tensor, " batch kv_head token d_head"]
     scale: float
     window: int | None = None
     """How many keys a query sees, itself included; None: all."""
     softcap: float | None = None
     """Scores s become `softcap * tanh(s / softcap)`."""
-    sink_logits: Float[Tensor, "head"] | None = None
-    """A learned logit a head that joins each softmax."""
-    alibi: Float[Tensor, "batch head key"] | None = None
-    """Added to the scores of each key. It grows with the key's position, where ALiBi falls with the
-    distance from the query: what a query adds to all its scores, softmax takes out again."""
-    visible: Bool[Tensor, "query key"] | None = None
-    """Which keys the host's own mask shows to the queries that `replaced_attention` was asked to
-    look up; None where nothing was asked, or where the host builds its mask in another way."""
+    sink_logits: Float[Tensor, " head"] | None = None
+    """A learned logit for each head that joins every softmax."""
+    alibi: Float[Tensor, " batch head key"] | None = None
+    """Added to the scores of each key. It grows with the key's position, whereas ALiBi falls with
+    the distance from the query; the two differ by a constant for each query, which softmax cancels.
+    """
+    visible: Bool[Tensor, " query key"] | None = None
+    """Which keys the model's mask shows to the queries in `look_up` of `replaced_attention`; None
+    without such queries, or where the model builds its mask in another way."""
 
     def logits(
-        self, products: Float[Tensor, "head query key"], keys: slice
-    ) -> Float[Tensor, "head query key"]:
-        """Logits, in float32 and unmasked, of products of queries with the keys at `keys`.
+        self, products: Float[Tensor, " head query key"], keys: slice
+    ) -> Float[Tensor, " head query key"]:
+        """Unmasked logits in float32 for one text, without `sink_logits`.
 
-        For one text; what the softmax is taken of, but for `sink_logits`.
+        Args:
+            products: of queries with keys.
+            keys: the indices of those keys.
         """
         logits = products * self.scale
         if self.softcap is not None:
@@ -80,15 +85,15 @@ class AttentionInputs:
             logits = logits + self.alibi[0, :, None, keys].float()
         return logits
 
-    def zero_output(self) -> Float[Tensor, "batch token head d_value"]:
-        """Zeros in the shape of what the heads put out."""
+    def zero_output(self) -> Float[Tensor, " batch token head d_value"]:
+        """Zeros in the shape of the heads' outputs."""
         n_batch, n_heads, n_tokens, _ = self.query.shape
         return self.query.new_zeros(n_batch, n_tokens, n_heads, self.value.shape[-1])
 
     def of_text(self, row: int, n_tokens: int) -> AttentionInputs:
-        """Those of one text of the batch, without its padding."""
+        """The inputs of one text of the batch, without its padding."""
         query, key, value = (
-            one[row : row + 1, :, :n_tokens] for one in (self.query, self.key, self.value)
+            part[row : row + 1, :, :n_tokens] for part in (self.query, self.key, self.value)
         )
         alibi = None if self.alibi is None else self.alibi[row : row + 1, :, :n_tokens]
         return replace(self, query=query, key=key, value=value, alibi=alibi)
@@ -96,23 +101,23 @@ class AttentionInputs:
 
 Attend = Callable[[int, AttentionInputs], Tensor]
 
-_HOST = "transformer_lens."  # how the names of the host's modules begin
+_TRANSFORMER_LENS = "transformer_lens."  # how the names of its modules begin
 
 
 @contextmanager
 def replaced_attention(
     model: Any, attend: Attend, *, look_up: Sequence[int] = ()
 ) -> Iterator[None]:
-    """Within the context every layer's attention is what `attend` makes of its inputs.
+    """Within the context `attend` computes the attention of every layer.
 
-    Masks are left to `attend`, which knows of padding and of no more than `AttentionInputs` says.
-    At the end the model is as it was, also after an error.
+    `attend` applies the masks: causal, windows, and padding, which `AttentionInputs` does not
+    describe. At the end the model is restored, also after an error.
 
     Args:
         model: a `TransformerBridge`.
         attend: computes the attention of one layer.
-        look_up: indices of queries for which `AttentionInputs.visible` says what the mask shows
-            that the host would have used itself; padding is not in it.
+        look_up: indices of queries for which `AttentionInputs.visible` holds the mask that the
+            model itself would have used, without padding.
 
     Raises:
         ModelError: the model's attention cannot be replaced; the message says why.
@@ -123,31 +128,31 @@ def replaced_attention(
         for layer, component in layers:
             owner, name, function = _replacement(layer, component, attend)
             if "forward" in vars(component) or name in vars(owner):
-                raise ModelError("its attention has been exchanged already")
+                raise ModelError("its attention is replaced already")
             stack.enter_context(exchanged(owner, name, function))
         yield
 
 
 def sliding_windows(model: Any) -> set[int]:
-    """Widths within which some layer may look back, as far as the configuration tells."""
+    """Widths of the sliding windows of all layers, according to the configuration."""
     names = ("sliding_window", "attention_chunk_size", "window_size")
     owners = [getattr(c, "original_component", None) for c in _attention_bridges(model)]
     config = getattr(getattr(model, "original_model", None), "config", None)
     if set(getattr(config, "layer_types", None) or [""]) != {"full_attention"}:
-        owners.append(config)  # otherwise it may name a width that no layer has
+        owners.append(config)  # with full attention it may name a width that no layer has
     values = [getattr(owner, name, None) for owner in owners for name in names]
     return {value for value in values if isinstance(value, int) and value > 0}
 
 
 def has_module_hooks(model: Any) -> bool:
-    """Whether ordinary PyTorch hooks of attention modules would see something else.
+    """Whether attention modules have the user's PyTorch hooks, which would see another output.
 
-    Those of the libraries themselves do not count. Once somebody has asked transformers for hidden
-    states, each module has one for good, which looks only while it is asked again; and where a
-    model scales what attention adds (Granite), the bridge's `hook_attn_out` is fired by one.
+    Hooks of the libraries do not count. After a request for hidden states, transformers leaves one
+    on each module, which is inactive until the next request; and where a model scales the output of
+    attention (Granite), one fires the bridge's `hook_attn_out`.
     """
     return any(
-        not getattr(hook, "__module__", "").startswith(("transformers.", _HOST))
+        not getattr(hook, "__module__", "").startswith(("transformers.", _TRANSFORMER_LENS))
         for component in _attention_bridges(model)
         for module in (component, component.original_component)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -158,7 +163,7 @@ def _attention_bridges(model: Any) -> list[Any]:
     if describe(model).generation != "bridge":
         raise ModelError(
             f"{type(model).__name__} computes scores, mask, softmax and hooks of its attention in "
-            "one step, which leaves no place for another; load the model as a TransformerBridge"
+            "one step, which cannot be replaced; load the model as a TransformerBridge"
         )
     components = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
     if not components or any(
@@ -180,7 +185,7 @@ def _register_with_hugging_face(
     layer_of: dict[int, int],
     look_up: Sequence[int],
 ) -> None:
-    """Register the attention function and its mask builder, and choose them in all configs."""
+    """Register the attention function and its mask builder, and select them in all configs."""
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
@@ -199,9 +204,9 @@ def _register_with_hugging_face(
         **_: Any,
     ) -> tuple[Tensor, None]:
         if attention_mask is not None and not look_up:
-            raise ModelError("its attention hides keys by a rule of its own")
+            raise ModelError("its attention hides keys by a rule that streaming does not know")
         if key.shape[2] != query.shape[2]:
-            raise ModelError("its attention has keys that are no tokens")
+            raise ModelError("its attention has keys that are not tokens")
         inputs = AttentionInputs(
             query=query,
             key=key,
@@ -222,17 +227,17 @@ def _register_with_hugging_face(
         interface.register(name, function)
         stack.callback(interface._global_mapping.pop, name, None)
     for config in _configs(model):
-        # The public property of this name would write to the parts of a config as well.
+        # The public property of this name also writes to the sub-configs.
         before = config._attn_implementation_internal
         config._attn_implementation_internal = name
         stack.callback(setattr, config, "_attn_implementation_internal", before)
 
 
 def _mask_builder(look_up: Sequence[int]) -> Callable[..., Tensor | None]:
-    """What Hugging Face's model calls for the mask of each kind of layer.
+    """The function that Hugging Face's model calls for the mask of each kind of layer.
 
-    The model hands over its rule, a function of a query's and a key's index, which is asked about a
-    few queries; or nothing is built.
+    The model passes its rule, a function of a query's and a key's index, which is evaluated for the
+    queries in `look_up`; without such queries no mask is built.
     """
 
     def build(*_: Any, **arguments: Any) -> Tensor | None:
@@ -249,18 +254,18 @@ def _mask_builder(look_up: Sequence[int]) -> Callable[..., Tensor | None]:
 
 
 def _visible(mask: Tensor | None) -> Tensor | None:
-    """What `_mask_builder` made, without batch and head."""
+    """The mask from `_mask_builder`, without batch and head."""
     return None if mask is None or mask.dtype != torch.bool else mask[0, 0]
 
 
 def _configs(model: Any) -> list[Any]:
-    found = [getattr(module, "config", None) for module in model.original_model.modules()]
-    configs = {id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}
+    of_modules = (getattr(module, "config", None) for module in model.original_model.modules())
+    configs = {id(c): c for c in of_modules if hasattr(c, "_attn_implementation_internal")}
     return list(configs.values())
 
 
 def _replacement(layer: int, component: Any, attend: Attend) -> tuple[Any, str, Callable[..., Any]]:
-    """The one method of one attention component to exchange: its owner, its name and another."""
+    """The one method to replace in an attention component: its owner, its name and the new one."""
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
     kind, module = type(component), component.original_component
@@ -268,17 +273,19 @@ def _replacement(layer: int, component: Any, attend: Attend) -> tuple[Any, str, 
         if kind._reconstruct_attention in _steps_after_projection():
             step = functools.partial(_joint, layer, component, attend)
             return component, "_reconstruct_attention", step
-    elif issubclass(kind, AttentionBridge) and kind.forward.__module__.startswith(_HOST):
+    elif issubclass(kind, AttentionBridge) and kind.forward.__module__.startswith(
+        _TRANSFORMER_LENS
+    ):
         if hasattr(module, "_attn"):
             return module, "_attn", functools.partial(_unregistered, layer, module, attend)
         return component, "forward", functools.partial(AttentionBridge.forward, component)
-    raise ModelError(f"its attention ({kind.__name__}) is of a kind that nothing is known of")
+    raise ModelError(f"its attention is of an unknown kind ({kind.__name__})")
 
 
 def _steps_after_projection() -> list[Callable[..., Any]]:
-    """The host's steps in whose place `_joint` can stand.
+    """TransformerLens' steps that `_joint` can replace.
 
-    Falcon's with ALiBi is none of them: eager attention of transformers 5.23 adds it twice there.
+    Falcon's is not among them: with ALiBi the eager attention of transformers 5.23 adds it twice.
     """
     from transformer_lens.model_bridge.generalized_components import (
         BloomAttentionBridge,
@@ -303,7 +310,7 @@ def _unregistered(
     value: Tensor,
     attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, None]:
-    """What a module that knows no attention functions does between positions and merged heads."""
+    """Attention of a module that predates the registry: after positions, before merging heads."""
     is_local = getattr(module, "attention_type", None) == "local"
     inputs = AttentionInputs(
         query=query,
@@ -325,7 +332,7 @@ def _joint(
     v: Tensor,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """What a joint projection's bridge does after it: positions, attention, output projection."""
+    """A bridge's step after its joint projection: positions, attention, output projection."""
     config, module = component.config, component.original_component
     n_heads = int(config.n_heads)
     n_kv_heads = int(getattr(config, "n_key_value_heads", None) or n_heads)

@@ -5,9 +5,9 @@ Where the residual stream before a block is known, the blocks before it need not
 >>> with skipping(model, 12):
 ...     forward(model, tokens, [(Site("resid_pre", 12), lambda _: residual)])
 
-Embeddings, positions and masks are computed as always, so that all later blocks get what they would
-have got. TransformerLens has `start_at_layer` for this; in a bridge it puts the residual in the
-right place, but runs all blocks before it as well.
+Embeddings, positions and masks are computed as always, so that later blocks get the same inputs.
+TransformerLens has `start_at_layer` for this; in a bridge it sets the residual stream correctly,
+but still runs all blocks before it.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from secondary_sinks.host.temporary import exchanged
 
 @contextmanager
 def skipping(model: Any, n_blocks: int) -> Iterator[None]:
-    """Within it, the first `n_blocks` blocks hand on what they get, and fire no hooks.
+    """Within the context the first `n_blocks` blocks return their input and fire no hooks.
 
     Args:
         model: a `TransformerBridge` or a `HookedTransformer`.
         n_blocks: how many blocks to skip.
     """
-    hand_on = _hand_on(model)
+    pass_through = _pass_through(model)
     with ExitStack() as stack:
         for block in list(model.blocks)[:n_blocks]:
-            stack.enter_context(exchanged(block, "forward", hand_on))
+            stack.enter_context(exchanged(block, "forward", pass_through))
         yield
 
 
 _output_lengths: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
-def _hand_on(model: Any) -> Callable[..., Any]:
-    """A block's forward that does nothing, with as many outputs as the model's blocks have.
+def _pass_through(model: Any) -> Callable[..., Any]:
+    """A block's forward that returns its input, with as many outputs as the model's blocks have.
 
-    Some architectures' blocks return a tensor, others a tuple that begins with it; which one is
-    seen in a pass over one token, once a model.
+    The blocks of some architectures return a tensor, those of others a tuple that begins with it.
+    One pass over one token for each model shows which.
     """
     if model not in _output_lengths:
-        seen: list[int] = []
+        lengths: list[int] = []
 
-        def look(module: Any, inputs: Any, output: Any) -> None:
-            seen.append(len(output) if isinstance(output, tuple) else 0)
+        def read_length(module: Any, inputs: Any, output: Any) -> None:
+            lengths.append(len(output) if isinstance(output, tuple) else 0)
 
-        handle = model.blocks[0].register_forward_hook(look)
+        handle = model.blocks[0].register_forward_hook(read_length)
         try:
             with hooks_aside(model):
                 forward(model, torch.zeros(1, 1, dtype=torch.long), [])
         finally:
             handle.remove()
-        _output_lengths[model] = seen[0]
+        _output_lengths[model] = lengths[0]
     length = _output_lengths[model]
 
-    def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    def pass_through(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return (hidden_states, *[None] * (length - 1)) if length else hidden_states
 
-    return hand_on
+    return pass_through

@@ -15,7 +15,7 @@ from secondary_sinks.host.memory import in_memory
 
 
 def refuse_dropout(model: Any, name: str) -> None:
-    """Raise `ModelError` if activations would be random: training mode with dropout or noise."""
+    """Raise `ModelError` for a model in training mode with dropout or noise: random activations."""
     if not isinstance(model, torch.nn.Module):
         return
     for part, module in model.named_modules():
@@ -24,7 +24,7 @@ def refuse_dropout(model: Any, name: str) -> None:
                 f"{name!r} is in training mode with dropout ({part}), so its activations "
                 "are random; call model.eval() first"
             )
-    # Attention dropout and router noise are applied by functions, which no module shows.
+    # Attention dropout and router noise are applied by functions, not by modules.
     config = getattr(getattr(model, "original_model", None), "config", None)
     settings = config.to_dict() if config is not None else {}
     for setting, value in settings.items():
@@ -42,21 +42,21 @@ def refuse_dropout(model: Any, name: str) -> None:
 
 
 def processing(model: Any) -> tuple[str, ...]:
-    """What was done to the weights, as far as the host or the weights themselves tell."""
-    found = []
+    """How the weights were changed, as far as TransformerLens or the weights show it."""
+    changes = []
     if getattr(model, "_weights_processed", False):
-        found.append("weights processed by TransformerLens")
+        changes.append("weights processed by TransformerLens")
     if str(getattr(model.cfg, "normalization_type", "") or "").endswith("Pre"):
-        found.append("layer norms folded into the weights")
+        changes.append("layer norms folded into the weights")
     if _is_centered(model):
-        found.append("writing weights centered")
-    return tuple(found)
+        changes.append("writing weights centered")
+    return tuple(changes)
 
 
 def _is_centered(model: Any) -> bool:
-    """Whether every word's embedding has mean zero, which centering makes so and training never.
+    """Whether the embedding of every word has mean zero, as after centering but not training.
 
-    `HookedTransformer` keeps no record of centering, so the weights are asked.
+    `HookedTransformer` keeps no record of centering, so the weights decide.
     """
     embedding = getattr(model, "embed", None)
     with in_memory(getattr(embedding, "original_component", embedding)):

@@ -1,12 +1,13 @@
 """One forward pass in which functions see activations, and may replace them.
 
 `observe` hands each activation to a function as it appears; `forward` lets functions replace it.
-A model can fail silently (a hook that exists and never fires), so both count what fired, and raise.
-Whether the residual stream is the sum that attributions rest on is checked in `host.identity`.
+A hook can exist and never fire, without a warning, so both count the calls and raise if a hook did
+not fire exactly once.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -32,49 +33,42 @@ from secondary_sinks.host.sites import (
 )
 
 Observer = Callable[[Tensor], None]
-"""Sees an activation and must not change it."""
+"""Gets an activation and must not change it."""
 Editor = Callable[[Tensor], "Tensor | None"]
-"""Sees an activation and returns None or a new one."""
+"""Gets an activation and returns None or a new one."""
 
 
 def observe(
     model: Any,
-    tokens: Int[Tensor, "batch token"],
-    attention_mask: Int[Tensor, "batch token"],
+    tokens: Int[Tensor, " batch token"],
+    attention_mask: Int[Tensor, " batch token"],
     observers: Mapping[Site, Observer],
     *,
     fwd_hooks: Sequence[UserHook] = (),
 ) -> None:
     """Run `model` once over `tokens` and hand every observed activation to its observer.
 
-    Observers see each activation with its batch dimension first, after any hook of the user's own
-    (those already on the model, and `fwd_hooks`) has edited it, and must not change it. Logits are
-    computed for the last position only where the host allows, no gradient is kept, and all hooks
-    that this call added are gone when it returns or raises.
+    Observers get each activation with its batch dimension first, after the user's hooks (on the
+    model and in `fwd_hooks`) have edited it, and must not change it. Logits are computed for the
+    last position only where the model allows, no gradient is kept, and all hooks that this call
+    added are removed when it returns or raises.
 
     Args:
         model: any TransformerLens model.
         tokens: token ids, padded on the right.
         attention_mask: 1 for tokens, 0 for padding.
-        observers: one function a site.
+        observers: one function for each site.
         fwd_hooks: further `(hook name, function)` pairs, as `run_with_hooks` takes them; they run
-            before the observers, so that the observers see what they changed.
+            before the observers.
 
     Raises:
         ModelError: a site does not exist in this model, or its hook did not fire exactly once, or
             the model is in training mode with dropout (its activations would be random).
     """
-
-    def reader(observer: Observer) -> Editor:
-        def read(activation: Tensor) -> None:
-            observer(activation)
-
-        return read
-
     forward(
         model,
         tokens,
-        [(site, reader(observer)) for site, observer in observers.items()],
+        list(observers.items()),
         fwd_hooks=fwd_hooks,
         attention_mask=attention_mask,
     )
@@ -82,14 +76,14 @@ def observe(
 
 def forward(
     model: Any,
-    tokens: Int[Tensor, "batch token"],
+    tokens: Int[Tensor, " batch token"],
     editors: Sequence[tuple[Site, Editor]],
     *,
     fwd_hooks: Sequence[UserHook] = (),
     logits: bool = False,
     **arguments: Any,
-) -> Float[Tensor, "batch token d_vocab"] | None:
-    """One forward pass in which functions see activations and may replace them.
+) -> Float[Tensor, " batch token d_vocab"] | None:
+    """Run `model` once over `tokens`, while functions see activations and may replace them.
 
     Args:
         model: any TransformerLens model.
@@ -104,11 +98,11 @@ def forward(
         ModelError: as `observe`.
     """
     refuse_dropout(model, name_of(model))
-    fired = [0] * len(editors)
+    counts = [0] * len(editors)
 
     def hook_of(index: int, editor: Editor) -> Callable[..., Tensor | None]:
         def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
-            fired[index] += 1
+            counts[index] += 1
             return editor(activation.detach())
 
         return hook
@@ -129,43 +123,43 @@ def forward(
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in arguments.items()
         }
-        out = model.run_with_hooks(
+        output = model.run_with_hooks(
             tokens.to(device),
             fwd_hooks=[*fwd_hooks, *hooks],
             return_type="logits" if logits else None,
             **placed,
             **_cheap_forward_arguments(model, logits=logits),
         )
-    wrong = [(editors[index][0], count) for index, count in enumerate(fired) if count != 1]
+    wrong = [(editors[index][0], count) for index, count in enumerate(counts) if count != 1]
     if wrong:
         site, count = wrong[0]
         raise ModelError(
             f"the hook of {spell_site(site)} fired {count} times in one forward pass of "
-            f"{name_of(model)!r} ({len(wrong)} sites in all), so nothing it would say can be "
-            "trusted; this architecture cannot be measured at that site"
+            f"{name_of(model)!r} ({len(wrong)} such sites); it must fire exactly once, so this "
+            "architecture cannot be measured there"
         )
-    return out if logits else None
+    return output if logits else None
 
 
 def fired(
-    model: Any, tokens: Int[Tensor, "batch token"], sites: Sequence[Site]
+    model: Any, tokens: Int[Tensor, " batch token"], sites: Sequence[Site]
 ) -> dict[Site, Tensor]:
-    """What passes those of the sites that exist in `model` and whose hook fires exactly once.
+    """The activations at those of the sites that `model` has and whose hook fires exactly once.
 
-    For asking a model what it shows, on a few tokens; to measure, use `observe`, which refuses
-    what this leaves out.
+    It shows what a model offers, on a few tokens; to measure, use `observe`, which raises where
+    this leaves a site out.
     """
     missing = missing_sites(model, sites)
-    seen: dict[Site, list[Tensor]] = {site: [] for site in sites if site not in missing}
+    activations: dict[Site, list[Tensor]] = {site: [] for site in sites if site not in missing}
 
-    def keeper(site: Site) -> Callable[..., None]:
-        def keep(activation: Tensor, hook: Any = None) -> None:
-            seen[site].append(activation.detach())
+    def appender(site: Site) -> Callable[..., None]:
+        def append(activation: Tensor, hook: Any = None) -> None:
+            activations[site].append(activation.detach())
 
-        return keep
+        return append
 
-    names = hook_names(model, list(seen))
-    hooks = [(name, keeper(site)) for site, name in zip(seen, names, strict=True)]
+    names = hook_names(model, list(activations))
+    hooks = [(name, appender(site)) for site, name in zip(activations, names, strict=True)]
     with torch.no_grad():
         model.run_with_hooks(
             tokens.to(input_device(model)),
@@ -173,26 +167,26 @@ def fired(
             return_type=None,
             **_cheap_forward_arguments(model, logits=False),
         )
-    return {site: found[0] for site, found in seen.items() if len(found) == 1}
+    return {site: calls[0] for site, calls in activations.items() if len(calls) == 1}
 
 
 def hooks_on(model: Any) -> list[str]:
-    """Names of the hook points on which somebody has put functions.
+    """Canonical names of the hook points that carry the user's functions.
 
     TransformerLens' own do not count: some bridges connect hook points with permanent hooks.
     """
 
-    def is_own(handle: Any) -> bool:
+    def is_internal(handle: Any) -> bool:
         function = getattr(handle, "user_hook", None)
-        own: bool = getattr(function, "__module__", "").startswith("transformer_lens")
-        return handle.is_permanent and (function is None or own)
+        internal: bool = getattr(function, "__module__", "").startswith("transformer_lens")
+        return handle.is_permanent and (function is None or internal)
 
     points = {id(point): point for point in model.hook_dict.values()}.values()
-    return [str(point.name) for point in points if not all(map(is_own, point.fwd_hooks))]
+    return [str(point.name) for point in points if not all(map(is_internal, point.fwd_hooks))]
 
 
 def has_hooks(model: Any) -> bool:
-    """Whether somebody has put functions on the model's hook points."""
+    """Whether the model's hook points carry the user's functions."""
     return bool(hooks_on(model))
 
 
@@ -219,15 +213,13 @@ def _module_hook(
 
 
 def _cheap_forward_arguments(model: Any, *, logits: bool) -> dict[str, Any]:
-    """Arguments that spare the work nobody looks at: the key-value cache and the logits.
+    """Arguments that switch off what is not read: the key-value cache and most of the logits.
 
-    The logits of 8,192 tokens over 151,000 words are 5 GB. `HookedTransformer` stops before them
-    by itself when no return value is asked for.
+    The logits of 8,192 tokens over 151,000 words are 5 GB. `HookedTransformer` computes none when
+    no return value is asked for.
     """
     if generation_of(model) != "bridge":
         return {}
-    import inspect
-
     accepted = inspect.signature(model.original_model.forward).parameters
     arguments = {"use_cache": False} | ({} if logits else {"logits_to_keep": 1})
     return {name: value for name, value in arguments.items() if name in accepted}

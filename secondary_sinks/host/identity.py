@@ -1,7 +1,7 @@
 """The identity that attributions rest on: a block adds its attention and its MLP, nothing else.
 
-`resid_pre + attn_out + mlp_out == resid_post`, checked once a model, because a host can wrap a
-block in which it does not hold and would say nothing.
+`resid_pre + attn_out + mlp_out == resid_post`. It is checked once for each model, because
+TransformerLens can wrap a model whose blocks add something more, without a warning.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from torch import Tensor
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.forward import Observer, observe
 from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.sites import Site
 
-_identity_checked: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+_largest_errors: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+"""Of the models that were checked."""
 
 
 def check_residual_identity(model: Any, *, n_tokens: int = 8) -> float:
-    """Check that `resid_pre + attn_out + mlp_out == resid_post` in every block, once a model.
+    """Check that `resid_pre + attn_out + mlp_out == resid_post` in every block, once for a model.
 
-    The attribution of anything to an MLP rests on this sum. It is tested on a few arbitrary tokens
-    the first time that a model is seen.
+    The attribution of anything to an MLP rests on this sum. The check runs on a few arbitrary
+    tokens, without hooks of the user.
 
     Returns:
         The largest relative error over layers, |sum - resid_post| / |resid_post|.
@@ -35,65 +37,62 @@ def check_residual_identity(model: Any, *, n_tokens: int = 8) -> float:
     Raises:
         ModelError: the sum is off by more than rounding in the model's own precision explains.
     """
-    if model in _identity_checked:
-        return _identity_checked[model]
+    if model in _largest_errors:
+        return _largest_errors[model]
     info = describe(model)
     n_tokens = min(n_tokens, info.n_ctx or n_tokens)
     tokens = (torch.arange(n_tokens) % int(model.cfg.d_vocab))[None]
-    running: dict[int, Tensor] = {}
-    errors = torch.zeros(info.n_layers)
-    rounding = 0.0
+    sums: dict[int, Tensor] = {}
+    errors = torch.zeros(model.cfg.n_layers)
 
     def add(layer: int) -> Observer:
         def observer(activation: Tensor) -> None:
             part = activation.float()
-            if layer in running:
-                # A block of a divided model gets its input from the device of the block before.
-                part = running[layer].to(part.device) + part
-            running[layer] = part
+            if layer in sums:
+                # In a divided model a block's input lies on the device of the block before it.
+                part = sums[layer].to(part.device) + part
+            sums[layer] = part
 
         return observer
 
     def compare(layer: int) -> Observer:
         def observer(activation: Tensor) -> None:
-            nonlocal rounding
-            rounding = max(rounding, torch.finfo(activation.dtype).eps)
             after = activation.float()
-            error = (running.pop(layer).to(after.device) - after).norm() / after.norm()
+            error = (sums.pop(layer).to(after.device) - after).norm() / after.norm()
             errors[layer] = error.cpu()
 
         return observer
 
     observers = {
         Site(name, layer): compare(layer) if name == "resid_post" else add(layer)
-        for layer in range(info.n_layers)
+        for layer in range(len(errors))
         for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")
     }
     with hooks_aside(model):
         observe(model, tokens, torch.ones_like(tokens), observers)
-    worst = float(errors.nan_to_num(nan=float("inf")).max())
-    if torch.isfinite(errors).all() and worst > max(1e-4, 8 * rounding):
+    largest = float(errors.nan_to_num(nan=float("inf")).max())
+    if torch.isfinite(errors).all() and largest > tolerance(model):
         raise ModelError(
             f"in {info.name!r}, layer {int(errors.argmax())}, the residual stream is not the sum "
-            f"of what the attention and the MLP add to it (relative error {worst:.1e}): its "
-            "blocks are built in a way that this library does not know"
+            f"of what the attention and the MLP add to it (relative error {largest:.1e}); this "
+            "library cannot attribute anything in blocks of this kind"
         )
-    _identity_checked[model] = worst
-    return worst
+    _largest_errors[model] = largest
+    return largest
 
 
 @contextmanager
 def hooks_aside(model: Any) -> Iterator[None]:
-    """Within the block the host's hook points have none of the user's functions.
+    """Within the context the model's hook points have none of the user's functions.
 
-    They may be meant for one text alone, and a text of a few arbitrary tokens is not that one.
+    A user's hook may fit one text only, and must not run on the few tokens of a check.
     """
     points = {id(point): point for point in model.hook_dict.values()}.values()
-    kept = [(point, point._forward_hooks) for point in points]
-    for point, _ in kept:
+    hooks_of = [(point, point._forward_hooks) for point in points]
+    for point, _ in hooks_of:
         point._forward_hooks = OrderedDict()
     try:
         yield
     finally:
-        for point, hooks in kept:
+        for point, hooks in hooks_of:
             point._forward_hooks = hooks

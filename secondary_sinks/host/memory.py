@@ -9,10 +9,9 @@ import torch
 
 
 def in_memory(module: Any) -> AbstractContextManager[None]:
-    """Within it the module's weights are there, also if they lie on disk between its calls.
+    """Load the module's weights for the duration of the context, if accelerate keeps them on disk.
 
-    Where accelerate has put a module on disk, a weight that is read from outside is a tensor
-    without numbers (`meta`).
+    Outside it, and between the module's calls, such a weight is a tensor without numbers (`meta`).
     """
     if not any(p.is_meta for p in getattr(module, "parameters", tuple)()):
         return nullcontext()
@@ -25,8 +24,8 @@ def in_memory(module: Any) -> AbstractContextManager[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: in Python, on an accelerator, or on the CPU.
 
-    PyTorch has an exception of its own for accelerators; what its CPU allocator raises is an
-    ordinary `RuntimeError` that only its text tells apart.
+    PyTorch has a separate exception for accelerators; its CPU allocator raises an ordinary
+    `RuntimeError`, recognized here by its text.
     """
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)

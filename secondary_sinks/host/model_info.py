@@ -1,4 +1,4 @@
-"""What is recorded of a model with every result, and which models are refused."""
+"""What every result records about its model, and which models are refused."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any, Literal
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.condition import processing
 from secondary_sinks.host.memory import input_device
+from secondary_sinks.host.precision import coarsest_dtype
 
 Generation = Literal["bridge", "hooked", "other"]
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model as it was measured."""
+    """A model in the state in which it was measured."""
 
     name: str
     generation: Generation | None = None
     """`TransformerBridge`, `HookedTransformer`, or another model with the same methods; None where
-    it is not known (published files)."""
+    unknown (published files)."""
     n_layers: int | None = None
     n_heads: int | None = None
     d_model: int | None = None
@@ -28,10 +29,10 @@ class ModelInfo:
     """Of the weights: the coarsest where they differ."""
     device: str = ""
     revision: str | None = None
-    """Commit of the weights on the hub, where the model came from one."""
+    """Commit of the weights on the hub, if the model came from there."""
     processing: tuple[str, ...] = ()
     """How the weights differ from the raw ones (empty: raw). Sinks are defined on raw weights;
-    folding or centering changes residual norms and cosines."""
+    folding and centering change residual norms and cosines."""
 
     @property
     def is_processed(self) -> bool:
@@ -40,7 +41,7 @@ class ModelInfo:
 
 
 def describe(model: Any) -> ModelInfo:
-    """Read what the library needs to know of `model` from its configuration and weights.
+    """Read a model's name, size, precision and state from its configuration and weights.
 
     Raises:
         ModelError: `model` is not a TransformerLens model, or is not causal.
@@ -76,11 +77,6 @@ def describe(model: Any) -> ModelInfo:
     )
 
 
-def n_layers_of(model: Any) -> int:
-    """Number of blocks."""
-    return int(model.cfg.n_layers)
-
-
 def name_of(model: Any) -> str:
     """The model's name in its configuration, or that of its class."""
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
@@ -95,13 +91,6 @@ def generation_of(model: Any) -> Generation:
 
 
 def dtype_of(model: Any) -> str:
-    """The precision of the weights themselves; the configuration may be out of date.
-
-    The coarsest one where they differ.
-    """
-    import torch
-
-    kinds = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    if not kinds:
-        return str(getattr(model.cfg, "dtype", "")).removeprefix("torch.")
-    return str(max(kinds, key=lambda kind: torch.finfo(kind).eps)).removeprefix("torch.")
+    """The coarsest precision of the weights, or what the configuration says without weights."""
+    dtype = coarsest_dtype(model) or getattr(model.cfg, "dtype", None)
+    return str(dtype or "").removeprefix("torch.")

@@ -1,7 +1,7 @@
 """Where a result comes from: enough to repeat it, or to see why a repetition differs.
 
-Every result has a `provenance`. It also says which model a sink map belongs to: `check_model`
-refuses a map wherever it meets other weights, another tokenizer or other hooks.
+Every result has a `provenance`. It also ties a sink map to its model: `check_model` raises where a
+map meets other weights, another tokenizer or other hooks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Provenance:
     attention: str | None = None
     """How attention was computed: "eager", "streaming" or "fused"."""
     hooks: tuple[str, ...] = ()
-    """Names of the hook points at which hooks of the user's were in force."""
+    """Names of the hook points that carried the user's hooks."""
     engine: str | None = None
     """The engine that ran interventions: "cached", "packed" or "full"."""
     seed: int | None = None
@@ -55,7 +55,7 @@ class Provenance:
 
     @classmethod
     def of(cls, model: Any, *, fwd_hooks: Sequence[UserHook] = ()) -> Provenance:
-        """The model and the software as they are now.
+        """Record the model and the software in their present state.
 
         Raises:
             ModelError: `model` is not a causal TransformerLens model.
@@ -71,7 +71,14 @@ class Provenance:
     def of_text(
         self, tokenizer: Any, first_token: int, *, chat: bool, attention: str
     ) -> Provenance:
-        """The same, of a pass over one text."""
+        """The same for a pass over one text.
+
+        Args:
+            tokenizer: the model's, or None.
+            first_token: id of the first token of the text.
+            chat: whether the text went through the chat template.
+            attention: how attention was computed.
+        """
         bos = getattr(tokenizer, "bos_token_id", None)
         return dataclasses.replace(
             self,
@@ -86,21 +93,31 @@ class Provenance:
 
 
 def hook_labels(model: Any, fwd_hooks: Iterable[UserHook]) -> tuple[str, ...]:
-    """Names of the hook points that carry a user's hook, on the model or for this pass."""
-    given = (name if isinstance(name, str) else "a filter of names" for name, _ in fwd_hooks)
-    return tuple(sorted([*given, *hooks_on(model)]))
+    """Canonical names of the hook points that carry the user's hooks, on the model or for one pass.
+
+    A hook that is chosen by a function of names is "a filter of names". Two different functions at
+    the same hook point have the same label.
+    """
+    points = model.hook_dict
+
+    def label(name: Any) -> str:
+        if not isinstance(name, str):
+            return "a filter of names"
+        return str(points[name].name) if name in points else name
+
+    return tuple(sorted([*(label(name) for name, _ in fwd_hooks), *hooks_on(model)]))
 
 
 def check_model(
     provenance: Provenance, model: Any, fwd_hooks: Sequence[UserHook] = (), *, what: str
 ) -> None:
-    """Refuse a result that was measured in another model than `model` is now.
+    """Raise `InputError` if a result was not measured in `model` in its present state.
 
     Args:
         provenance: of the result.
-        model: the model that it meets.
-        fwd_hooks: hooks of the pass to come.
-        what: the result, for the message.
+        model: the model to compare with.
+        fwd_hooks: hooks of the next pass.
+        what: the result in words, for the message.
 
     Raises:
         InputError: other weights, another tokenizer, or other hooks.
@@ -110,21 +127,22 @@ def check_model(
     measured, now = provenance.weights, weights_fingerprint(model)
     if measured != now:
         raise InputError(
-            f"{what} was measured in {_spelled(provenance.model, measured)}, the model is "
-            f"{_spelled(info, now)}: detect its own sinks with detect_sinks"
+            f"{what} was measured in {_spelled(provenance.model, measured)}, but the model is "
+            f"{_spelled(info, now)}: run detect_sinks in this model"
         )
     tokenizer = tokenizer_fingerprint(getattr(model, "tokenizer", None))
     if provenance.tokenizer != tokenizer:
         raise InputError(
-            f"{what} was measured with tokenizer {provenance.tokenizer}, the model {info.name!r} "
-            f"now has tokenizer {tokenizer}: detect the sinks again"
+            f"{what} was measured in {provenance.model.name!r} with tokenizer "
+            f"{provenance.tokenizer}, but {info.name!r} now has tokenizer {tokenizer}: run "
+            "detect_sinks again"
         )
     hooks = hook_labels(model, fwd_hooks)
     if provenance.hooks != hooks:
         raise InputError(
-            f"{what} was measured with hooks at {list(provenance.hooks) or 'no hook point'}, now "
-            f"there are hooks at {list(hooks) or 'no hook point'}: pass the same fwd_hooks to "
-            "detect_sinks and to the analysis"
+            f"{what} was measured with hooks at {_listed(provenance.hooks)}, but now there are "
+            f"hooks at {_listed(hooks)}: pass the same fwd_hooks to detect_sinks and to the "
+            "analysis"
         )
 
 
@@ -138,3 +156,7 @@ def _version(package: str) -> str:
 
 def _spelled(info: ModelInfo, weights: str | None) -> str:
     return f"{info.name!r} (weights {weights or 'unknown'})"
+
+
+def _listed(hooks: Iterable[str]) -> str:
+    return ", ".join(hooks) or "no hook point"

@@ -1,4 +1,4 @@
-"""One attribute of one module is another for a while."""
+"""Temporarily replace one attribute of a module."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ _MISSING = object()
 
 @contextmanager
 def exchanged(module: Any, name: str, value: Any) -> Iterator[None]:
-    """`module.name` is `value` within the context, and as it was afterwards, also when it raises.
+    """Set `module.name` to `value` within the context, and restore it at the end or on an error.
 
-    Not by `setattr`, which a bridge's components forward to the module that they wrap.
+    It does not use `setattr`, which a bridge's components forward to the module that they wrap.
     """
-    if name in module._buffers:
-        before = module._buffers[name]
-        module._buffers[name] = value
-        try:
-            yield
-        finally:
-            module._buffers[name] = before
-        return
-    attributes = vars(module)  # of the instance alone: methods are uncovered again, not copied
+    # An instance's own attributes only: a method of the class is uncovered again, not copied.
+    attributes = module._buffers if name in module._buffers else vars(module)
     before = attributes.get(name, _MISSING)
     attributes[name] = value
     try:

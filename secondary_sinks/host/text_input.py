@@ -1,11 +1,11 @@
-"""Texts become token ids, one row a text.
+"""Turn texts into token ids, one row for each text.
 
-A string goes through the model's own `to_tokens`. Whether that puts a beginning-of-sequence token
-in front is the host's setting `cfg.default_prepend_bos`: `load_model` sets it to what the model was
+A string goes through the model's own `to_tokens`. The setting `cfg.default_prepend_bos` says
+whether that puts a beginning-of-sequence token in front: `load_model` sets it to what the model was
 trained with (Llama has one, Qwen and SmolLM2 do not), TransformerLens by itself nearly always
-prepends one. It matters here more than elsewhere: a token that Qwen2.5 never saw in front does not
+prepends one. This matters for sinks: a first token that Qwen2.5 never saw in training does not
 become the primary sink; the token after it does, or none. A conversation goes through the
-tokenizer's chat template, which brings its own special tokens.
+tokenizer's chat template, which adds its own special tokens.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Text: TypeAlias = "str | Tensor | Conversation | Sequence[str | Tensor | Convers
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """One text as the model sees it."""
+    """One text as the model reads it."""
 
-    tokens: Int[Tensor, "token"]
+    tokens: Int[Tensor, " token"]
     token_strings: tuple[str, ...]
     chat: bool
-    """Whether the tokens came out of a chat template."""
+    """Whether the tokens come from a chat template."""
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
 
 
 def is_many(text: Any) -> bool:
-    """Whether `text` stands for several texts: a list of strings or tensors, or a 2-D tensor
-    of more than one row. A conversation (a list of messages) is one text."""
+    """Whether `text` is several texts: a list of strings or tensors, or a 2-D tensor of more than
+    one row. A conversation (a list of messages) is one text."""
     if isinstance(text, Tensor):
         return text.ndim == 2 and text.shape[0] != 1
     return isinstance(text, Sequence) and not isinstance(text, str) and not _is_conversation(text)
@@ -54,7 +54,7 @@ def tokenize(
     chat: bool = False,
     prepend_bos: bool | None = None,
     max_tokens: int | None = None,
-    attention_mask: Int[Tensor, "batch token"] | None = None,
+    attention_mask: Int[Tensor, " batch token"] | None = None,
 ) -> list[TokenizedText]:
     """Token ids and strings of every text.
 
@@ -63,23 +63,23 @@ def tokenize(
         text: a string, a conversation (a list of messages), token ids [token] or [batch, token],
             or a list of strings, of conversations, or of token tensors of different lengths.
         chat: wrap each string in the model's chat template as a user's message, with the
-            assistant's turn opened; token ids are taken to come from a template already.
-        prepend_bos: None keeps the model's own setting, True and False overrule it. A string that
-            begins with the beginning-of-sequence token already never gets another.
+            assistant's turn opened; token ids are assumed to come from a template already.
+        prepend_bos: None keeps the model's own setting, True and False override it. A string that
+            already begins with the beginning-of-sequence token gets no second one.
         max_tokens: cut each text after this many tokens.
-        attention_mask: for a padded token tensor, 1 for tokens and 0 for padding, which is then
-            left out (on either side).
+        attention_mask: for a padded token tensor, 1 for tokens and 0 for padding, which is removed
+            (from either side).
 
     Raises:
-        InputError: an empty text, a text of one token, one above the model's context length, token
-            ids outside the vocabulary, or a model without what the text needs (a tokenizer, a chat
-            template, a beginning-of-sequence token).
+        InputError: an empty text, a text of one token or longer than the model's context, token
+            ids outside the vocabulary, or a text that needs a tokenizer, a chat template or a
+            beginning-of-sequence token where the model has none.
     """
     if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 2):
-        raise InputError(f"max_tokens is {max_tokens!r}; a text needs at least 2 tokens")
+        raise InputError(f"max_tokens must be an integer of at least 2, got {max_tokens!r}")
     rows = _rows(text, attention_mask)
     if not rows:
-        raise InputError("no text: the list is empty")
+        raise InputError("the list of texts is empty")
     info = describe(model)
     texts = []
     for index, row in enumerate(rows):
@@ -91,8 +91,8 @@ def tokenize(
     return texts
 
 
-def token_strings(model: Any, ids: Int[Tensor, "token"]) -> tuple[str, ...]:
-    """What each token reads as, decoded by itself; `#17` for token 17 without a tokenizer."""
+def token_strings(model: Any, ids: Int[Tensor, " token"]) -> tuple[str, ...]:
+    """Each token decoded by itself; `#17` for token 17 without a tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return tuple(f"#{token}" for token in ids.tolist())
@@ -101,11 +101,11 @@ def token_strings(model: Any, ids: Int[Tensor, "token"]) -> tuple[str, ...]:
 
 def pad(
     texts: Sequence[TokenizedText], pad_id: int = 0
-) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
+) -> tuple[Int[Tensor, " batch token"], Int[Tensor, " batch token"]]:
     """Pad texts on the right to one tensor, with its attention mask.
 
-    In a causal model nothing that stands on the right of a token can reach it, so right padding
-    leaves every real token's activations as they are without it.
+    In a causal model no token reads those on its right, so right padding does not change the
+    activations of the tokens before it.
     """
     length = max(len(text) for text in texts)
     tokens = torch.full((len(texts), length), pad_id, dtype=torch.long)
@@ -123,7 +123,7 @@ def _rows(text: Any, attention_mask: Tensor | None) -> list[Any]:
             return list(text) if text.ndim == 2 else [text]
         return _without_padding(text if text.ndim == 2 else text[None], attention_mask)
     if attention_mask is not None:
-        raise InputError("attention_mask goes with a [batch, token] tensor of token ids")
+        raise InputError("attention_mask needs a [batch, token] tensor of token ids")
     rows = [text] if isinstance(text, str) or _is_conversation(text) else text
     if not isinstance(rows, Sequence) or isinstance(rows, (bytes, bytearray)):
         raise InputError(f"cannot read a text from {type(text).__name__}: {_FORMS}")
@@ -151,19 +151,19 @@ def _check_ids(tokens: Tensor, dimensions: tuple[int, ...]) -> None:
 
 
 def _without_padding(tokens: Tensor, attention_mask: Any) -> list[Tensor]:
-    """Each row without its padding, which must stand on one side."""
+    """Each row without its padding, which may be on either side but not between tokens."""
     if not isinstance(attention_mask, Tensor) or attention_mask.numel() != tokens.numel():
         what = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
-        raise InputError(f"attention_mask is {what} for tokens {list(tokens.shape)}")
+        raise InputError(f"attention_mask is {what}, but the tokens are {list(tokens.shape)}")
     mask = attention_mask.reshape(tokens.shape).to(tokens.device)
     if not ((mask == 0) | (mask == 1)).all():
         raise InputError("attention_mask must be 1 for tokens and 0 for padding")
     rows = []
-    for index, (row, keep) in enumerate(zip(tokens, mask.bool(), strict=True)):
-        places = keep.nonzero().flatten()
+    for index, (row, is_token) in enumerate(zip(tokens, mask.bool(), strict=True)):
+        places = is_token.nonzero().flatten()
         if len(places) and int(places[-1] - places[0]) + 1 != len(places):
             raise InputError(f"attention_mask of text {index} has padding between tokens")
-        rows.append(row[keep])
+        rows.append(row[is_token])
     return rows
 
 
@@ -184,11 +184,11 @@ def _ids(
     bos = tokenizer.bos_token
     if prepend_bos and bos is None:
         raise InputError(
-            "the model's tokenizer has no beginning-of-sequence token; leave prepend_bos out"
+            "the model's tokenizer has no beginning-of-sequence token; omit prepend_bos"
         )
     if bos is None or row.startswith(bos):
         prepend_bos = False
-    # truncate=False: a text that is too long is refused below, and not silently cut.
+    # truncate=False: a text that is too long raises below instead of being cut.
     settings = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
     return model.to_tokens(row, truncate=False, **settings)[0].to("cpu", torch.long), False
 
@@ -207,12 +207,12 @@ def _check(ids: Tensor, where: str, *, n_ctx: int | None, vocabulary: int) -> No
     if len(ids) < 2:
         raise InputError(
             f"{where} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a sink is a token that "
-            "later tokens look at, so at least 2 are needed"
+            "later tokens attend to, so at least 2 are needed"
         )
     if n_ctx is not None and len(ids) > n_ctx:
         raise InputError(
-            f"{where} has {len(ids)} tokens and the model's context holds {n_ctx}; cut it, for "
-            f"example with max_tokens={n_ctx}"
+            f"{where} has {len(ids)} tokens and the model's context holds {n_ctx}; cut the text, "
+            f"for example with max_tokens={n_ctx}"
         )
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise InputError(

@@ -1,24 +1,25 @@
 """What attention does in one layer, without its pattern: a few numbers for each head and token.
 
-The pattern A of a layer is [head, query, key]: 17 GB for 32 heads at 16,000 tokens. Nearly all that
-is asked of it is a reduction over queries (how much attention does a *token* receive?) or over keys
-(how sharp is a *query*?). `AttentionColumns` holds those. A collector that reads the site
-`attention` is handed one for each layer, and says in `Collector.attention` what should be in it:
+The pattern A of a layer is [head, query, key]: 17 GB for 32 heads at 16,000 tokens. Most questions
+need only a reduction over queries (how much attention does a *token* receive?) or over keys (how
+concentrated is the attention of a *query*?). `AttentionColumns` holds those. A collector that reads
+the site `attention` gets one for each layer, and requests what it should contain in
+`Collector.attention`:
 
->>> class MostLookedAt(Collector):
+>>> class LargestWeight(Collector):
 ...     sites = ("attention",)
 ...     attention = ColumnRequest(maximum=True)
 ...
 ...     def update(self, site, layer, columns):
 ...         self.layers.append(columns.maximum.amax(dim=0).cpu())
 
-`of_pattern` computes them from a whole pattern; `observe.streaming_attention` computes the same
-without one.
+`AttentionColumns.of_pattern` computes them from a whole pattern; `observe.streaming_attention`
+computes the same without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,33 +28,37 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.attention_replaced import AttentionInputs
+from secondary_sinks.host.forward import Observer
+from secondary_sinks.host.sites import Site
 
 ATTENTION = "attention"
-"""The site whose activation is an `AttentionColumns`, once a layer."""
+"""The site whose activation is an `AttentionColumns`, one for each layer."""
 
 
 @dataclass(frozen=True)
 class ColumnRequest:
-    """Which columns to compute. The sums are always there; the rest costs time when asked for."""
+    """Which statistics to compute. The sums always are; the others take extra time."""
 
     maximum: bool = False
     """The largest weight that each token receives."""
     thresholds: tuple[float, ...] = ()
-    """Count, for each of these, the queries that give a token more weight than it."""
+    """For each threshold, count the queries that give a token more weight than this."""
     entropy: bool = False
-    """The entropy of each query's weights, and what it is measured by: their sum, and how many keys
-    the query sees."""
+    """The entropy of each query's weights, and what normalizes it: their sum, and the number of
+    keys that the query sees."""
     log_sum_exp: bool = False
-    """The logarithm of what each query's weights were divided by."""
+    """The logarithm of each query's softmax denominator."""
     inputs: bool = False
-    """Queries, keys and values themselves: as large as activations, to be kept with care."""
+    """Queries, keys and values themselves, which are as large as activations."""
 
     def __post_init__(self) -> None:
         if not all(0 <= threshold <= 1 for threshold in self.thresholds):
-            raise InputError(f"thresholds are {self.thresholds}; attention weights lie in [0, 1]")
+            raise InputError(
+                f"thresholds must lie in [0, 1], as attention weights do, got {self.thresholds}"
+            )
 
     def __or__(self, other: ColumnRequest) -> ColumnRequest:
-        """What either asks for."""
+        """A request for all that either asks for."""
         return ColumnRequest(
             maximum=self.maximum or other.maximum,
             thresholds=tuple(sorted({*self.thresholds, *other.thresholds})),
@@ -67,35 +72,35 @@ class ColumnRequest:
 class AttentionColumns:
     """Attention in one layer of one text, float32, on the device of the layer.
 
-    "Later queries" of token t are those at i > t: its own look at itself is kept apart.
+    The "later queries" of token t are those at i > t; its attention to itself is separate.
     """
 
-    received: Float[Tensor, "head token"]
+    received: Float[Tensor, " head token"]
     """Sum over later queries of A[i, t]."""
-    own: Float[Tensor, "head token"]
+    own: Float[Tensor, " head token"]
     """A[t, t]."""
-    maximum: Float[Tensor, "head token"] | None = None
+    maximum: Float[Tensor, " head token"] | None = None
     """Largest A[i, t] of a later query; 0 for the last token, which has none."""
-    above: Mapping[float, Float[Tensor, "head token"]] | None = None
+    above: Mapping[float, Float[Tensor, " head token"]] | None = None
     """For each threshold, how many later queries have A[i, t] above it."""
-    entropy: Float[Tensor, "head query"] | None = None
-    """Entropy of each query's weights, nats. A learned sink logit takes its share before."""
-    log_sum_exp: Float[Tensor, "head query"] | None = None
-    """Logarithm of the sum of exponentials of each query's logits, a learned sink logit's among
-    them. A pattern does not tell it: of streamed attention only."""
+    entropy: Float[Tensor, " head query"] | None = None
+    """Entropy of each query's weights, nats, which a learned sink logit has reduced."""
+    log_sum_exp: Float[Tensor, " head query"] | None = None
+    """Logarithm of the sum of exponentials of each query's logits, including a learned sink logit.
+    Only of streamed attention: a pattern does not determine it."""
     inputs: AttentionInputs | None = None
-    """What it was computed from, with a batch of this text alone: of streamed attention only."""
-    total: Float[Tensor, "head query"] | None = None
-    """Sum of each query's weights: 1, less what a learned sink logit takes."""
-    n_visible: Float[Tensor, "query"] | None = None
-    """How many keys each query sees. In a pattern those from the farthest on that any head gives
-    any weight."""
+    """Queries, keys and values, with a batch of this text alone. Only of streamed attention."""
+    total: Float[Tensor, " head query"] | None = None
+    """Sum of each query's weights: 1, less the share of a learned sink logit."""
+    n_visible: Float[Tensor, " query"] | None = None
+    """Number of keys that each query sees; in a pattern, from the farthest key with any weight in
+    any head to the query itself."""
 
     @classmethod
     def zeros(
         cls, n_heads: int, n_tokens: int, request: ColumnRequest, device: torch.device
     ) -> AttentionColumns:
-        """Of no queries yet."""
+        """The columns before any query was added."""
 
         def zeros() -> Tensor:
             return torch.zeros(n_heads, n_tokens, device=device)
@@ -110,25 +115,25 @@ class AttentionColumns:
         )
 
     def add(self, other: AttentionColumns) -> None:
-        """Take in the columns of other queries, or other heads, of the same text, in place."""
-        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
-            mine += theirs
+        """Add the columns of other queries, or other heads, of the same text, in place."""
+        for total, addend in zip(self._sums(), other._sums(), strict=True):
+            total += addend
         if self.maximum is not None and other.maximum is not None:
             torch.maximum(self.maximum, other.maximum, out=self.maximum)
 
     def _sums(self) -> list[Tensor]:
-        """All that adds up over queries; what belongs to one query is 0 in the others' columns."""
-        found = (self.received, self.own, self.entropy, self.log_sum_exp)
-        return [one for one in (*found, *(self.above or {}).values()) if one is not None]
+        """Everything that adds up over queries; values of one query are 0 in columns of others."""
+        always = (self.received, self.own, self.entropy, self.log_sum_exp)
+        return [part for part in (*always, *(self.above or {}).values()) if part is not None]
 
     def measured(
-        self, window: int | None, sink_logits: Float[Tensor, "head"] | None
+        self, window: int | None, sink_logits: Float[Tensor, " head"] | None
     ) -> AttentionColumns:
-        """These columns of causal attention, if they hold entropies, with `total` and `n_visible`.
+        """The same columns, of causal attention, with `total` and `n_visible` beside entropies.
 
         Args:
             window: how many keys a query sees, itself included; None: all.
-            sink_logits: a logit a head that joins each softmax and whose weight goes nowhere.
+            sink_logits: a learned logit for each head that joins every softmax.
         """
         if self.entropy is None or self.log_sum_exp is None:
             return self
@@ -141,7 +146,7 @@ class AttentionColumns:
 
     @classmethod
     def of_pattern(
-        cls, pattern: Float[Tensor, "head query key"], request: ColumnRequest
+        cls, pattern: Float[Tensor, " head query key"], request: ColumnRequest
     ) -> AttentionColumns:
         """Reduce a whole pattern."""
         own = pattern.diagonal(dim1=1, dim2=2).float()
@@ -166,3 +171,30 @@ class AttentionColumns:
             total=total,
             n_visible=n_visible,
         )
+
+
+def pattern_readers(
+    n_layers: int,
+    lengths: Sequence[int],
+    request: ColumnRequest,
+    receive: Callable[[int, list[AttentionColumns]], None],
+) -> list[tuple[Site, Observer]]:
+    """Observers that reduce the patterns of an eager pass to columns.
+
+    Args:
+        n_layers: of the model.
+        lengths: number of tokens of every text of the batch, without the padding on its right.
+        request: which columns to compute.
+        receive: called once for each layer, with one `AttentionColumns` for each text.
+    """
+
+    def reader(layer: int) -> Observer:
+        def read(patterns: Float[Tensor, " text head query key"]) -> None:
+            of_texts = zip(patterns, lengths, strict=True)
+            receive(
+                layer, [AttentionColumns.of_pattern(p[:, :n, :n], request) for p, n in of_texts]
+            )
+
+        return read
+
+    return [(Site("pattern", layer), reader(layer)) for layer in range(n_layers)]

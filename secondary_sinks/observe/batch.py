@@ -1,41 +1,44 @@
 """One padded batch of texts through the model, and which texts share one.
 
-A batch is as long as its longest text, and what the others lack is computed for nothing. So texts
-of similar length share one: they are sorted, and a batch ends where padding would be more than a
-quarter of it, or where it is full. Fifteen texts of 20 tokens beside one of 900 would be 92 %
+A batch is as long as its longest text, and the padding of the others is computed for nothing. So
+texts of similar length share one: they are sorted, and a batch ends where it is full or where more
+than a quarter of it would be padding. Fifteen texts of 20 tokens beside one of 900 would be 92 %
 padding.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.host.forward import Observer, observe
+from secondary_sinks.host.forward import Observer, forward
 from secondary_sinks.host.memory import is_out_of_memory
 from secondary_sinks.host.model_info import ModelInfo
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site, layer_sites
 from secondary_sinks.host.text_input import TokenizedText, pad
-from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
+from secondary_sinks.observe.attention_columns import (
+    ATTENTION,
+    AttentionColumns,
+    ColumnRequest,
+    pattern_readers,
+)
 from secondary_sinks.observe.attention_path import (
     AttentionChoice,
     AttentionPath,
-    Receive,
     path_of_attention,
     streamed_attention,
 )
 from secondary_sinks.observe.collectors import Collector, Run
 
 MOST_PADDING = 0.25
-"""Share of a batch's tokens that padding may be."""
+"""Largest share of padding among the tokens of a batch."""
 
 
 def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -43,11 +46,11 @@ def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
     Args:
         lengths: number of tokens of each text.
-        batch_size: at most so many texts in a batch.
+        batch_size: largest number of texts in a batch.
     """
     batches: list[list[int]] = []
     n_tokens = 0  # of the texts of the last batch, without padding
-    for index in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         n_tokens += lengths[index]
         if batches and len(batches[-1]) < batch_size:
             padded = lengths[batches[-1][0]] * (len(batches[-1]) + 1)
@@ -67,125 +70,98 @@ def run_batch(
     fwd_hooks: Sequence[UserHook],
     attention: AttentionChoice,
 ) -> tuple[list[dict[str, Any]], AttentionPath]:
-    """One forward pass over some texts.
+    """Run one forward pass over some texts.
 
     Args:
         model: any TransformerLens model.
-        info: what is known of it.
-        texts: what to run, padded on the right to the longest.
-        collectors: what to keep; a copy of each works on each text.
-        fwd_hooks: hooks of the user's own.
-        attention: how it is to be computed; see `trace`.
+        info: its size and name.
+        texts: padded on the right to the longest.
+        collectors: what to keep; each text gets its own copy of each.
+        fwd_hooks: the user's hooks.
+        attention: how it is computed; see `trace`.
 
     Returns:
-        What the collectors found in each text, by name, and the way that attention took.
+        The results of the collectors for each text, by name, and the path that attention took.
     """
+    n_layers = int(model.cfg.n_layers)
     workers = [[copy.deepcopy(collector) for collector in collectors] for _ in texts]
-    for text, own in zip(texts, workers, strict=True):
-        run = Run(info.n_layers, info.n_heads, len(text), info.d_model, text.tokens)
-        for collector in own:
+    for text, of_text in zip(texts, workers, strict=True):
+        run = Run(n_layers, int(model.cfg.n_heads), len(text), int(model.cfg.d_model), text.tokens)
+        for collector in of_text:
             collector.start(run)
-    readers: dict[Site, list[int]] = defaultdict(list)
-    for site in layer_sites(["resid_post"], info.n_layers):
-        readers[site] = []  # always read, so that a NaN is found where it arises
+    # The residual stream is always read, so that a NaN is reported where it first occurs.
+    indices_at: dict[Site, list[int]] = {site: [] for site in layer_sites(["resid_post"], n_layers)}
     for index, collector in enumerate(collectors):
-        for site in layer_sites(hooked_sites(collector), info.n_layers):
-            readers[site].append(index)
+        for site in layer_sites(hooked_sites(collector), n_layers):
+            indices_at.setdefault(site, []).append(index)
 
     def observer(site: Site, indices: list[int]) -> Observer:
-        def take(activation: Tensor) -> None:
+        def read(activation: Tensor) -> None:
             for row, text in enumerate(texts):
-                own = _without_padding(activation[row], site, len(text))
+                of_text = _without_padding(activation[row], site, len(text))
                 if site.name == "resid_post":
-                    _check_finite(own, info, site.layer)
+                    _check_finite(of_text, info, site.layer)
                 for index in indices:
-                    _update(workers[row][index], site, own)
-
-        return take
-
-    observers = {site: observer(site, indices) for site, indices in readers.items()}
-    lookers = [index for index, one in enumerate(collectors) if ATTENTION in one.sites]
-    request = ColumnRequest()
-    for index in lookers:
-        request |= collectors[index].attention
-
-    def receive(layer: int, columns: Sequence[AttentionColumns]) -> None:
-        for row, own in enumerate(columns):
-            for index in lookers:
-                workers[row][index].update(ATTENTION, layer, own)
-
-    tokens, mask = pad(texts)
-    longest = max(texts, key=len)
-    way = path_of_attention(
-        model, longest.tokens, attention, sites=list(observers), fwd_hooks=fwd_hooks
-    )
-    lengths = [len(text) for text in texts]
-    if way == "eager" and lookers:
-        _read_patterns(observers, info.n_layers, lengths, request, receive)
-    streamed = streamed_attention(model, lengths, request, receive, way)
-    try:
-        with nullcontext() if way == "eager" else streamed:
-            observe(model, tokens, mask, observers, fwd_hooks=fwd_hooks)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"{len(texts)} texts of {len(longest)} tokens do not fit into memory with {way} "
-            f"attention{_why_eager(model, longest, way, observers, fwd_hooks)}; shorten the text, "
-            "lower batch_size or keep less"
-        ) from error
-    return [{name_of(collector): collector.result() for collector in own} for own in workers], way
-
-
-def _why_eager(
-    model: Any,
-    longest: TokenizedText,
-    way: AttentionPath,
-    sites: Iterable[Site],
-    fwd_hooks: Sequence[UserHook],
-) -> str:
-    """What kept a pass that is too large from being streamed."""
-    if way == "eager":
-        try:
-            path_of_attention(
-                model, longest.tokens, "streaming", sites=list(sites), fwd_hooks=fwd_hooks
-            )
-        except ModelError as error:
-            return f" ({error})"
-    return ""
-
-
-def _read_patterns(
-    observers: dict[Site, Observer],
-    n_layers: int,
-    lengths: Sequence[int],
-    request: ColumnRequest,
-    receive: Receive,
-) -> None:
-    """Let the observers of the pattern reduce it to columns as well."""
-
-    def reader(site: Site, others: Observer | None) -> Observer:
-        def read(pattern: Tensor) -> None:
-            if others is not None:
-                others(pattern)
-            rows = zip(pattern, lengths, strict=True)
-            columns = [AttentionColumns.of_pattern(p[:, :n, :n], request) for p, n in rows]
-            receive(cast(int, site.layer), columns)
+                    _update(workers[row][index], site, of_text)
 
         return read
 
-    for site in layer_sites(["pattern"], n_layers):
-        observers[site] = reader(site, observers.get(site))
+    attention_readers = [index for index, one in enumerate(collectors) if ATTENTION in one.sites]
+    request = ColumnRequest()
+    for index in attention_readers:
+        request |= collectors[index].attention
+
+    def receive(layer: int, columns: Sequence[AttentionColumns]) -> None:
+        for row, of_text in enumerate(columns):
+            for index in attention_readers:
+                workers[row][index].update(ATTENTION, layer, of_text)
+
+    longest = max(texts, key=len)
+    path = path_of_attention(
+        model, longest.tokens, attention, sites=indices_at, fwd_hooks=fwd_hooks
+    )
+    lengths = [len(text) for text in texts]
+    observers = [(site, observer(site, indices)) for site, indices in indices_at.items()]
+    if path == "eager" and attention_readers:
+        observers += pattern_readers(n_layers, lengths, request, receive)
+    streamed = streamed_attention(model, lengths, request, receive, path)
+    tokens, mask = pad(texts)
+    try:
+        with nullcontext() if path == "eager" else streamed:
+            forward(model, tokens, observers, fwd_hooks=fwd_hooks, attention_mask=mask)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = ""
+        if path == "eager":
+            reason = _why_not_streamed(model, longest.tokens, list(indices_at), fwd_hooks)
+        raise ModelError(
+            f"{len(texts)} texts of {len(longest)} tokens do not fit into memory with {path} "
+            f"attention{reason}; shorten the text, lower batch_size or keep less"
+        ) from error
+    results = [{name_of(worker): worker.result() for worker in of_text} for of_text in workers]
+    return results, path
+
+
+def _why_not_streamed(
+    model: Any, tokens: Tensor, sites: Sequence[Site], fwd_hooks: Sequence[UserHook]
+) -> str:
+    """Why a pass that is too large for memory is not streamed, in parentheses."""
+    try:
+        path_of_attention(model, tokens, "streaming", sites=sites, fwd_hooks=fwd_hooks)
+    except ModelError as error:
+        return f" ({error})"
+    return ""
 
 
 def hooked_sites(collector: Collector) -> list[str]:
-    """The sites of a collector that are activations of the host."""
+    """The sites of a collector that are activations of the model."""
     return [name for name in collector.sites if name != ATTENTION]
 
 
 def _update(collector: Collector, site: Site, activation: Tensor) -> None:
-    """Hand over an activation, and see that it comes back as it was."""
-    if activation.is_inference():  # such tensors keep no count of their changes
+    """Give a collector an activation, and check that it did not change it."""
+    if activation.is_inference():  # such tensors do not count their changes
         collector.update(site.name, site.layer, activation)
         return
     before = activation._version
@@ -193,7 +169,7 @@ def _update(collector: Collector, site: Site, activation: Tensor) -> None:
     if activation._version != before:
         raise InputError(
             f"the collector {name_of(collector)!r} changed the activation of {site.name!r} in "
-            "place, and with it the rest of the forward pass; work on a copy"
+            "place, which changes the rest of the forward pass; work on a copy"
         )
 
 
@@ -204,7 +180,7 @@ def _without_padding(activation: Tensor, site: Site, n_tokens: int) -> Tensor:
 
 
 def _check_finite(residual: Tensor, info: ModelInfo, layer: int | None) -> None:
-    # The sum is NaN or infinite if any entry is: one reduction instead of a mask.
+    # The sum is NaN or infinite if any entry is, and needs one reduction only.
     if not torch.isfinite(residual.float().sum()) and not torch.isfinite(residual).all():
         bad = (~torch.isfinite(residual)).any(dim=-1).nonzero()[0].item()
         raise ModelError(
@@ -215,5 +191,5 @@ def _check_finite(residual: Tensor, info: ModelInfo, layer: int | None) -> None:
 
 
 def name_of(collector: Collector) -> str:
-    """Under which name the result of a collector is found."""
+    """The key of a collector's result."""
     return collector.name or type(collector).__name__

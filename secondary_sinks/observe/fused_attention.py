@@ -1,17 +1,19 @@
-"""Attention and its column sums by two fused calls a layer, for a GPU: `flex_attention`, twice.
+"""Attention and its column sums by two fused calls for each layer, on a GPU: `flex_attention`.
+
+Experimental: tested on CPUs, where nothing is fused; neither run nor timed on a GPU.
 
 With L[i] the log-sum-exp of query i, the weight that it gives to token t is exp(s[i, t] - L[i]), so
 
     log (sum over i of the weights that t receives) = log-sum-exp over i of (s[i, t] - L[i])
 
-which is again the log-sum-exp of an attention: the one in which each key looks at the queries
-behind it, with L taken off its scores. A fused kernel keeps exactly this number. So the first call
-gives the output and L, and the second one, with queries and keys exchanged, what every token
-receives; no weight is ever in the GPU's main memory.
+which is itself the log-sum-exp of an attention: each key attends to the queries after it, and L is
+subtracted from its scores. A fused kernel computes exactly this number. So the first call gives the
+output and L, and the second, with queries and keys exchanged, what every token receives; no weight
+is written to the GPU's main memory.
 
-Maxima, counts above a threshold and entropies are no such sums, and are not to be had here.
-`observe.streaming_attention` computes the same with plain products, and the first layer of a pass
-is compared with it.
+Maxima, counts above a threshold and entropies are not such sums and cannot be computed here.
+`observe.streaming_attention` computes the same with plain products, and the first layer of each
+pass is compared with it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
@@ -30,11 +33,11 @@ from secondary_sinks.host.attention_replaced import AttentionInputs
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.streaming_attention import StreamingAttention
 
-_D_UNUSED = 16  # width of the values whose weighted mean the second call gives to nobody
+_D_UNUSED = 16  # width of the values in the second call, whose weighted mean is not used
 
 
 class FusedAttention:
-    """Computes attention layer after layer, as `StreamingAttention` does.
+    """Compute attention layer after layer, as `StreamingAttention` does.
 
     Args:
         lengths: number of tokens of every text of the batch, without the padding on its right.
@@ -42,8 +45,8 @@ class FusedAttention:
         tolerance: largest relative difference to `StreamingAttention` that rounding explains.
 
     Raises:
-        InputError: maxima, thresholds or entropies are wanted.
-        ModelError: when called: in the first layer it differs from `StreamingAttention`.
+        InputError: maxima, thresholds or entropies are requested.
+        ModelError: when called, if the first layer differs from `StreamingAttention`.
     """
 
     def __init__(
@@ -59,19 +62,19 @@ class FusedAttention:
         self._is_checked = False
         if self._request.maximum or self._request.thresholds or self._request.entropy:
             raise InputError(
-                "fused attention gives sums and nothing else: no maxima, no counts above a "
-                "threshold, no entropies; use attention='streaming'"
+                "fused attention computes sums only, no maxima, counts above a threshold or "
+                "entropies; use attention='streaming'"
             )
 
     def __call__(
         self, inputs: AttentionInputs
-    ) -> tuple[Float[Tensor, "batch token head d_value"], list[AttentionColumns]]:
+    ) -> tuple[Float[Tensor, " batch token head d_value"], list[AttentionColumns]]:
         """The output of one layer's attention, and the column statistics of each text."""
         output, columns = inputs.zero_output(), []
         for row, length in enumerate(self._lengths):
             text = inputs.of_text(row, length)
-            found, log_sum = self._forward(text)
-            output[row, :length] = found.transpose(0, 1)
+            of_text, log_sum = self._forward(text)
+            output[row, :length] = rearrange(of_text, "head token d -> token head d")
             columns.append(self._received(text, log_sum))
         if not self._is_checked:
             self._check(inputs, output, columns)
@@ -81,27 +84,27 @@ class FusedAttention:
     def _check(
         self, inputs: AttentionInputs, output: Tensor, columns: Sequence[AttentionColumns]
     ) -> None:
-        """Compare with plain products, which know nothing of compilers and of block masks."""
-        expected, by_text = StreamingAttention(self._lengths)(inputs)
-        pairs = [(output, expected)]
-        for one, other in zip(columns, by_text, strict=True):
-            pairs += [(one.received, other.received), (one.own, other.own)]
-        worst = max(
-            float((one - other).float().abs().max() / other.float().abs().max())
-            for one, other in pairs
+        """Compare with plain products, which use neither compilers nor block masks."""
+        expected_output, expected_columns = StreamingAttention(self._lengths)(inputs)
+        pairs = [(output, expected_output)]
+        for part, expected in zip(columns, expected_columns, strict=True):
+            pairs += [(part.received, expected.received), (part.own, expected.own)]
+        largest = max(
+            float((fused - plain).float().abs().max() / plain.float().abs().max())
+            for fused, plain in pairs
         )
-        if not worst <= self._tolerance:
+        if not largest <= self._tolerance:
             raise ModelError(
-                f"fused attention differs from streamed attention by {worst:.1e}, more than the "
+                f"fused attention differs from streamed attention by {largest:.1e}, more than the "
                 f"{self._tolerance:.1e} that rounding explains; use attention='streaming'"
             )
 
     def _forward(
         self, text: AttentionInputs
-    ) -> tuple[Float[Tensor, "head token d_value"], Float[Tensor, "head token"]]:
-        """The output, and the logarithm of what each query's weights are divided by."""
+    ) -> tuple[Float[Tensor, " head token d_value"], Float[Tensor, " head token"]]:
+        """The output, and the logarithm of each query's softmax denominator."""
         n_tokens, window = text.query.shape[2], text.window
-        output, lse = _attention(
+        batch_output, lse = _attention(
             text.query,
             text.key,
             text.value,
@@ -110,23 +113,23 @@ class FusedAttention:
             scale=text.scale,
             enable_gqa=True,
         )
-        found, log_sum = output[0], lse[0]
+        output, log_sum = batch_output[0], lse[0]
         if text.sink_logits is not None:
             learned = text.sink_logits.float()[:, None]
-            found = found * torch.sigmoid(log_sum - learned)[..., None].to(found.dtype)
+            output = output * torch.sigmoid(log_sum - learned)[..., None].to(output.dtype)
             log_sum = torch.logaddexp(log_sum, learned)
-        return found, log_sum
+        return output, log_sum
 
     def _received(
-        self, text: AttentionInputs, log_sum: Float[Tensor, "head query"]
+        self, text: AttentionInputs, log_sum: Float[Tensor, " head query"]
     ) -> AttentionColumns:
-        """What each token receives, from the attention of keys to the queries behind them."""
+        """What each token receives, from the attention of keys to the queries after them."""
         n_heads, n_tokens = log_sum.shape
         keys = text.key.repeat_interleave(n_heads // text.key.shape[1], dim=1)
         logit = _score_mod(text)
 
-        def log_weight(score: Tensor, one: Tensor, head: Tensor, key: Tensor, q: Tensor) -> Tensor:
-            return logit(score, one, head, q, key) - log_sum[head, q]
+        def log_weight(score: Tensor, text: Tensor, head: Tensor, key: Tensor, q: Tensor) -> Tensor:
+            return logit(score, text, head, q, key) - log_sum[head, q]
 
         _, lse = _attention(
             keys,
@@ -150,7 +153,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _score_mod(text: AttentionInputs) -> ScoreMod:
-    """What becomes of a scaled product, as `AttentionInputs.logits` says it."""
+    """Turn a scaled product into a logit, as `AttentionInputs.logits` does."""
     softcap = text.softcap
     alibi = None if text.alibi is None else text.alibi[0].float()
 
@@ -168,7 +171,7 @@ def _pairs(
 ) -> flex.BlockMask:
     """Which keys each query sees: itself and those before it, within the window.
 
-    With `by_key` the queries that see each key, but for its own.
+    With `by_key`, the queries that see each key, without its own.
     """
     width = window or n_tokens
 
@@ -194,6 +197,6 @@ def _attention(*parts: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _compiled_for(device: torch.device) -> Callable[..., Any]:
-    """Fused on an accelerator; on a CPU it holds whole patterns, and is for tests."""
+    """Fused on an accelerator; on a CPU, for tests, it holds whole patterns."""
     plain: Callable[..., Any] = flex.flex_attention
     return plain if device.type == "cpu" else torch.compile(plain)

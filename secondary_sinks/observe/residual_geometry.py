@@ -1,10 +1,10 @@
-"""How the residual stream of a text lies to its first tokens, and to what all tokens share.
+"""Norms of the residual stream and its alignment with the first tokens of a text.
 
-A large part of every residual can be the same for all tokens. It says nothing about sinks, so
-alignment and magnitude are measured a second time without it ("centered"). The *common component*
-of a layer is the mean residual of its *background tokens*: those whose norm is at most 1.5 times
-the lower quartile of the layer's norms. The quartile and not the median, because in a repetitive
-text most tokens can be sinks.
+A large part of every residual can be the same for all tokens. It does not count as evidence of a
+sink, so alignment and magnitude are measured a second time without it ("centered"). The *common
+component* of a layer is the mean residual of its *background tokens*: those whose norm is at most
+1.5 times the lower quartile of the layer's norms. It is the quartile and not the median, because in
+a repetitive text most tokens can be sinks.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from secondary_sinks.observe.collectors import Collector, Run
 
 @dataclass(frozen=True)
 class Geometry:
-    """How each token's residual lies to that of every candidate for the primary sink.
+    """Norms of all tokens' residuals, and alignments with every candidate for the primary sink.
 
-    "Centered" values are those after the common component was subtracted from every token.
+    "Centered" values are those after subtracting the common component from every token.
     """
 
     candidates: tuple[int, ...]
     """Positions that may be the primary sink."""
-    norm: Float[Tensor, "layer token"]
+    norm: Float[Tensor, " layer token"]
     """Residual norm."""
-    centered_norm: Float[Tensor, "layer token"]
+    centered_norm: Float[Tensor, " layer token"]
     """Residual norm without the common component."""
-    alignment: Float[Tensor, "candidate layer token"]
+    alignment: Float[Tensor, " candidate layer token"]
     """Cosine of each token's residual with the candidate's."""
-    centered_alignment: Float[Tensor, "candidate layer token"]
+    centered_alignment: Float[Tensor, " candidate layer token"]
     """The same without the common component."""
-    persistence: Float[Tensor, "candidate layer"]
+    persistence: Float[Tensor, " candidate layer"]
     """Cosine of the candidate's centered residual with itself one layer earlier; NaN at layer 0."""
-    residual: Float[Tensor, "candidate layer d_model"]
+    residual: Float[Tensor, " candidate layer d_model"]
     """The candidate's residual."""
-    common: Float[Tensor, "layer d_model"]
+    common: Float[Tensor, " layer d_model"]
     """The common component."""
-    background_norm: Float[Tensor, "layer"]
+    background_norm: Float[Tensor, " layer"]
     """Median norm of the background tokens."""
-    background_centered_norm: Float[Tensor, "layer"]
+    background_centered_norm: Float[Tensor, " layer"]
     """Their median norm without the common component."""
 
 
@@ -53,9 +53,12 @@ class ResidualGeometry(Collector):
     """Norms and alignments of the residual stream. Result: `Geometry`.
 
     Args:
-        candidates: positions that may be the primary sink; those beyond the text are left out.
-        final_norm: read the last layer after the final norm, as Hugging Face's `hidden_states` do
-            (and with them the published detector), and not `resid_post`.
+        candidates: positions that may be the primary sink; those beyond the text are omitted.
+        final_norm: read the last layer after the final norm, as Hugging Face's `hidden_states` are
+            (and so the published detector), and not `resid_post`.
+
+    Raises:
+        InputError: no candidates, a negative one, or all of them beyond the text.
     """
 
     def __init__(
@@ -74,16 +77,15 @@ class ResidualGeometry(Collector):
 
     def start(self, run: Run) -> None:
         """Prepare for one text."""
-        kept = tuple(position for position in self.candidates if position < run.n_tokens)
-        if not kept:
+        candidates = tuple(position for position in self.candidates if position < run.n_tokens)
+        if not candidates:
             raise InputError(
                 f"candidate positions {self.candidates} lie beyond a text of {run.n_tokens} tokens"
             )
-        n_layers, n_tokens, n_candidates = run.n_layers, run.n_tokens, len(kept)
-        self._index = list(kept)
+        n_layers, n_tokens, n_candidates = run.n_layers, run.n_tokens, len(candidates)
         self._before: Tensor | None = None
-        self._found = Geometry(
-            candidates=kept,
+        self._geometry = Geometry(
+            candidates=candidates,
             norm=torch.zeros(n_layers, n_tokens),
             centered_norm=torch.zeros(n_layers, n_tokens),
             alignment=torch.zeros(n_candidates, n_layers, n_tokens),
@@ -97,52 +99,55 @@ class ResidualGeometry(Collector):
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
         """Measure one layer's residuals [token, d_model]."""
-        last = self._found.norm.shape[0] - 1
+        geometry = self._geometry
+        last = len(geometry.norm) - 1
         if self.final_norm and site == "resid_post" and layer == last:
             return
         layer = last if layer is None else layer
+        candidates = list(geometry.candidates)
         residual = activation.float()
         norm = torch.linalg.vector_norm(residual, dim=-1)
         background = _background(norm)
         common = mean_of(residual, background)
         centered = residual - common
         centered_norm = torch.linalg.vector_norm(centered, dim=-1)
-        directions = centered[self._index]
-        found = self._found
-        found.norm[layer] = norm.cpu()
-        found.centered_norm[layer] = centered_norm.cpu()
-        found.background_norm[layer] = norm[background].median().cpu()
-        found.background_centered_norm[layer] = centered_norm[background].median().cpu()
-        found.alignment[:, layer] = _cosines(residual, norm, residual[self._index]).cpu()
-        found.centered_alignment[:, layer] = _cosines(centered, centered_norm, directions).cpu()
-        found.residual[:, layer] = residual[self._index].cpu()
-        found.common[layer] = common.cpu()
+        directions = centered[candidates]
+        geometry.norm[layer] = norm.cpu()
+        geometry.centered_norm[layer] = centered_norm.cpu()
+        geometry.background_norm[layer] = norm[background].median().cpu()
+        geometry.background_centered_norm[layer] = centered_norm[background].median().cpu()
+        geometry.alignment[:, layer] = _cosines(residual, norm, residual[candidates]).cpu()
+        geometry.centered_alignment[:, layer] = _cosines(centered, centered_norm, directions).cpu()
+        geometry.residual[:, layer] = residual[candidates].cpu()
+        geometry.common[layer] = common.cpu()
         if self._before is not None:
             before = self._before.to(directions.device)
-            found.persistence[:, layer] = torch.cosine_similarity(before, directions, dim=-1).cpu()
+            persistence = torch.cosine_similarity(before, directions, dim=-1)
+            geometry.persistence[:, layer] = persistence.cpu()
         self._before = directions
 
     def result(self) -> Geometry:
         """Norms and alignments by layer."""
-        return self._found
+        return self._geometry
 
 
 @dataclass(frozen=True)
 class TokenGeometry:
-    """How residuals lie to the primary's; "centered" is without the common component."""
+    """Norms of residuals and their alignment with the primary's; "centered" is without the common
+    component."""
 
-    alignment: Float[Tensor, "*layer token"]
+    alignment: Float[Tensor, " *layer token"]
     """Cosine with the primary's residual."""
-    centered_alignment: Float[Tensor, "*layer token"]
-    norm: Float[Tensor, "*layer token"]
-    centered_norm: Float[Tensor, "*layer token"]
+    centered_alignment: Float[Tensor, " *layer token"]
+    norm: Float[Tensor, " *layer token"]
+    centered_norm: Float[Tensor, " *layer token"]
 
     @classmethod
     def of(
         cls,
-        residual: Float[Tensor, "*batch token d_model"],
-        primary: Float[Tensor, "d_model"],
-        common: Float[Tensor, "d_model"],
+        residual: Float[Tensor, " *batch token d_model"],
+        primary: Float[Tensor, " d_model"],
+        common: Float[Tensor, " d_model"],
     ) -> TokenGeometry:
         """Measure the residuals of one layer."""
         centered = residual - common
@@ -154,32 +159,32 @@ class TokenGeometry:
         )
 
 
-def background_tokens(residual: Float[Tensor, "token d_model"]) -> Bool[Tensor, "token"]:
-    """Which tokens of a layer make its common component, see the module."""
+def background_tokens(residual: Float[Tensor, " token d_model"]) -> Bool[Tensor, " token"]:
+    """Which tokens of a layer define its common component (see the module)."""
     return _background(residual.float().norm(dim=-1))
 
 
 def mean_of(
-    residual: Float[Tensor, "token d_model"], chosen: Bool[Tensor, "token"]
-) -> Float[Tensor, "d_model"]:
-    """Mean residual of the chosen tokens; of the background tokens, the common component.
+    residual: Float[Tensor, " token d_model"], chosen: Bool[Tensor, " token"]
+) -> Float[Tensor, " d_model"]:
+    """Mean residual of the chosen tokens; for the background tokens this is the common component.
 
-    A product with the choice, which copies nothing.
+    Computed as a product, which does not copy the chosen residuals.
     """
     mean: Tensor = (chosen / chosen.sum()) @ residual.float()
     return mean
 
 
-def _background(norm: Float[Tensor, "token"]) -> Bool[Tensor, "token"]:
+def _background(norm: Float[Tensor, " token"]) -> Bool[Tensor, " token"]:
     return norm <= 1.5 * norm.quantile(0.25)
 
 
 def _cosines(
-    vectors: Float[Tensor, "token d_model"],
-    norms: Float[Tensor, "token"],
-    directions: Float[Tensor, "candidate d_model"],
-) -> Float[Tensor, "candidate token"]:
+    vectors: Float[Tensor, " token d_model"],
+    norms: Float[Tensor, " token"],
+    directions: Float[Tensor, " candidate d_model"],
+) -> Float[Tensor, " candidate token"]:
     unit = torch.nn.functional.normalize(directions, dim=-1)
-    # In this order the tall factor is read as it lies, in half the time.
+    # In this order the tall factor is read contiguously, in half the time.
     cosines: Tensor = (vectors @ unit.T).T / norms.clamp_min(torch.finfo(torch.float32).tiny)
     return cosines.clamp(-1, 1)

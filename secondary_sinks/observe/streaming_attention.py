@@ -1,7 +1,7 @@
 """Attention and its column statistics, exactly, with no [query, key] pattern in memory.
 
-Queries are taken a block at a time. A block's weights are complete (they see all their keys), so
-their softmax is the ordinary one, and every column statistic is a sum or a maximum over blocks:
+Queries are processed in blocks. A block has the weights of all keys that its queries see, so the
+softmax is the ordinary one, and every column statistic is a sum or a maximum over blocks:
 
     for each block of queries:
         weights = softmax(queries @ keys[up to the block's end] * scale)
@@ -10,15 +10,15 @@ their softmax is the ordinary one, and every column statistic is a sum or a maxi
 
 The query heads that share a key-value head are folded into rows of one product, so that keys are
 not repeated. Only the diagonal part of a block needs a causal mask; in a layer with a sliding
-window, keys before the window are never touched. Queries and keys are raised to float32 *before*
-their product: rounding the scores to bfloat16 costs a hundredth of a weight. What a block needs
-lives in buffers that all blocks and layers share: with fresh tensors for each block, allocation
-takes several times as long as the arithmetic.
+window, keys before the window are never read. Queries and keys are raised to float32 *before*
+their product: rounding the scores to bfloat16 changes a weight by up to a hundredth. All blocks and
+layers share the same buffers: with fresh tensors for each block, allocation takes several times as
+long as the arithmetic.
 
-On a CPU torch divides every operation among its threads. For a long text that means that a block
-travels between the cores' caches, so its blocks are dealt to the threads instead, and within a
-thread nothing is divided further. On two cores, as measured within models, dividing is the faster
-way up to a thousand tokens, and dealing from two thousand on.
+On a CPU torch divides every operation among its threads, which for a long text moves a block
+between the cores' caches. So the blocks of a long text are distributed over threads instead, and
+operations within a thread are not divided. On two cores, as measured within models, dividing
+operations is faster up to a thousand tokens, distributing blocks from two thousand on.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from torch import Tensor
 from secondary_sinks.host.attention_replaced import AttentionInputs
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 
-_DEALT_FROM = 1025
-"""Tokens of a text whose blocks are dealt to threads."""
+_DISTRIBUTED_FROM = 1025
+"""Tokens of a text from which on its blocks are distributed over threads."""
 
 _ROWS = 384
 """Folded queries of a block in one thread: enough for fast products, few enough for its cache."""
@@ -49,26 +49,25 @@ _DIVIDED_ROWS = 768
 """Folded queries of a block whose operations are divided among threads."""
 
 _LEAST_GROUP = 3
-"""Where fewer query heads than these share a key-value head, a block has no more queries for it:
-the more queries, the more keys behind them are computed to be masked."""
+"""A block has no more queries than with this many query heads for each key-value head: the more
+queries, the more keys after them are computed only to be masked."""
 
 _MOST_THREADS = 16
-"""Each has buffers of its own, which grow with the text."""
+"""Each has its own buffers, which grow with the text."""
 
 _ACCELERATOR_SCORES = 1 << 26
-"""Weights of a block on an accelerator, all heads together (256 MB)."""
+"""Weights of a block on an accelerator, in all heads (256 MB)."""
 
 
 class StreamingAttention:
-    """Computes attention layer after layer, with the same buffers.
+    """Compute attention layer after layer, in the same buffers.
 
     Args:
         lengths: number of tokens of every text of the batch, without the padding on its right.
             Padding is neither query nor key; its output is 0.
         request: which column statistics to compute.
-        block: queries in a block; by default what the device likes.
-        threads: how many threads share the blocks of a long text on a CPU; by default as many as
-            torch has.
+        block: queries in a block; by default what suits the device.
+        threads: number of threads for the blocks of a long text on a CPU; by default torch's.
     """
 
     def __init__(
@@ -87,52 +86,52 @@ class StreamingAttention:
 
     def __call__(
         self, inputs: AttentionInputs
-    ) -> tuple[Float[Tensor, "batch token head d_value"], list[AttentionColumns]]:
+    ) -> tuple[Float[Tensor, " batch token head d_value"], list[AttentionColumns]]:
         """The output of one layer's attention, and the column statistics of each text."""
         output, columns = inputs.zero_output(), []
         for row, length in enumerate(self._lengths):
-            own = inputs.of_text(row, length)
+            part = inputs.of_text(row, length)
             text = _Text(
-                own.query[0],
-                own.key[0].float().contiguous(),
-                own.value[0].float().contiguous(),
+                part.query[0],
+                part.key[0].float().contiguous(),
+                part.value[0].float().contiguous(),
                 output[row],
-                own.scale,
-                own.window,
-                own.softcap,
-                None if own.sink_logits is None else own.sink_logits.float(),
-                None if own.alibi is None else own.alibi[0].float(),
+                part.scale,
+                part.window,
+                part.softcap,
+                None if part.sink_logits is None else part.sink_logits.float(),
+                None if part.alibi is None else part.alibi[0].float(),
             )
             columns.append(self._run(text))
         return output, columns
 
     def _run(self, text: _Text) -> AttentionColumns:
         device, n_tokens = text.query.device, text.query.shape[1]
-        alone = len(self._workers) == 1
-        if device.type != "cpu" or alone or n_tokens < _DEALT_FROM:
-            size = self._block or _block_size(text, _ROWS if alone else _DIVIDED_ROWS)
+        one_thread = len(self._workers) == 1
+        if device.type != "cpu" or one_thread or n_tokens < _DISTRIBUTED_FROM:
+            size = self._block or _block_size(text, _ROWS if one_thread else _DIVIDED_ROWS)
             return self._workers[0].run(text, text.blocks(size))
         with _undivided_operations():
-            return self._deal(text, text.blocks(self._block or _block_size(text, _ROWS)))
+            return self._distribute(text, text.blocks(self._block or _block_size(text, _ROWS)))
 
-    def _deal(self, text: _Text, blocks: Sequence[_Block]) -> AttentionColumns:
+    def _distribute(self, text: _Text, blocks: Sequence[_Block]) -> AttentionColumns:
         """Run blocks in this thread and in others."""
         n_workers = len(self._workers)
         self._pool = self._pool or _threads(n_workers - 1)
-        # Back and forth, so that nobody gets all the larger ones. Dealt beforehand, and not taken
-        # by whoever is free: sums must not depend on who was faster.
+        # Back and forth, so that no thread gets all the larger blocks. Assigned in advance, not to
+        # whichever thread is free, because rounding must not depend on timing.
         turns = [*range(n_workers), *reversed(range(n_workers))]
-        dealt: list[list[_Block]] = [[] for _ in range(n_workers)]
+        shares: list[list[_Block]] = [[] for _ in range(n_workers)]
         for block, turn in zip(blocks, itertools.cycle(turns)):
-            dealt[turn].append(block)
-        inference = torch.is_inference_mode_enabled()  # a thread's own
+            shares[turn].append(block)
+        inference = torch.is_inference_mode_enabled()  # set separately in each thread
 
-        def run(worker: _Worker, own: list[_Block]) -> AttentionColumns:
+        def run(worker: _Worker, share: list[_Block]) -> AttentionColumns:
             with torch.inference_mode(inference), torch.no_grad():
-                return worker.run(text, own)
+                return worker.run(text, share)
 
-        others = self._pool.map(run, self._workers[1:], dealt[1:])  # begins at once
-        columns = run(self._workers[0], dealt[0])
+        others = self._pool.map(run, self._workers[1:], shares[1:])  # starts at once
+        columns = run(self._workers[0], shares[0])
         for other in others:
             columns.add(other)
         return columns
@@ -140,10 +139,10 @@ class StreamingAttention:
 
 @contextmanager
 def _undivided_operations() -> Iterator[None]:
-    """Within the block torch does not divide an operation among threads.
+    """Within the context torch does not divide an operation among threads.
 
-    Torch's own operations obey their thread's setting and MKL's products obey the last one made in
-    the process, so threads that were told once would still have their products divided.
+    Torch's own operations follow the setting of their thread, but MKL's products follow the last
+    setting made in the process, so it is not enough to set each thread once.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -168,29 +167,29 @@ def _threads(n_threads: int) -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some neighboring queries, in the query heads of some neighboring key-value heads."""
+    """Some adjacent queries, in the query heads of some adjacent key-value heads."""
 
     queries: slice
     keys: slice
-    """All keys that one of the queries sees."""
+    """All keys that any of the queries sees."""
     kv_heads: slice
     heads: slice
 
 
 @dataclass(frozen=True)
 class _Text:
-    """The attention of one text in one layer, that is to be computed."""
+    """The inputs and the output of attention for one text in one layer."""
 
-    query: Float[Tensor, "head token d_head"]
-    key: Float[Tensor, "kv_head token d_head"]
-    value: Float[Tensor, "kv_head token d_value"]
-    output: Float[Tensor, "token head d_value"]
-    """To be filled."""
+    query: Float[Tensor, " head token d_head"]
+    key: Float[Tensor, " kv_head token d_head"]
+    value: Float[Tensor, " kv_head token d_value"]
+    output: Float[Tensor, " token head d_value"]
+    """Filled block by block."""
     scale: float
     window: int | None
     softcap: float | None
-    sink_logits: Float[Tensor, "head"] | None
-    alibi: Float[Tensor, "head token"] | None
+    sink_logits: Float[Tensor, " head"] | None
+    alibi: Float[Tensor, " head token"] | None
 
     @property
     def group(self) -> int:
@@ -198,23 +197,23 @@ class _Text:
         return len(self.query) // len(self.key)
 
     def blocks(self, size: int) -> list[_Block]:
-        """All of them, of so many queries, those with many keys first."""
+        """All blocks, of `size` queries each, those with the most keys first."""
         n_tokens, n_kv_heads, group = self.query.shape[1], len(self.key), self.group
-        # A CPU works on one kv head at a time, in its cache; an accelerator wants all at once.
+        # A CPU processes one kv head at a time, in its cache; an accelerator all at once.
         at_once = 1 if self.query.device.type == "cpu" else n_kv_heads
-        found = []
+        blocks = []
         for start in range(0, n_tokens, size):
             end = min(start + size, n_tokens)
             first = 0 if self.window is None else max(0, start - self.window + 1)
             for kv_head in range(0, n_kv_heads, at_once):
                 kv_heads = slice(kv_head, kv_head + at_once)
                 heads = slice(kv_head * group, (kv_head + at_once) * group)
-                found.append(_Block(slice(start, end), slice(first, end), kv_heads, heads))
-        return sorted(found, key=lambda block: block.keys.start - block.keys.stop)
+                blocks.append(_Block(slice(start, end), slice(first, end), kv_heads, heads))
+        return sorted(blocks, key=lambda block: block.keys.start - block.keys.stop)
 
 
 class _Worker:
-    """Runs blocks one after the other, in buffers of its own."""
+    """Runs blocks one after the other, in its own buffers."""
 
     def __init__(self, request: ColumnRequest):
         self._request = request
@@ -233,10 +232,10 @@ class _Worker:
 
     def _attend(
         self, text: _Text, block: _Block
-    ) -> tuple[Float[Tensor, "head query key"], Float[Tensor, "head query"] | None]:
-        """Write the block's output; its weights, and the log-sum-exp of each query if wanted."""
+    ) -> tuple[Float[Tensor, " head query key"], Float[Tensor, " head query"] | None]:
+        """Write the block's output; return its weights and the log-sum-exps, if requested."""
         query = text.query[block.heads, block.queries].float()
-        key, value = (one[block.kv_heads, block.keys] for one in (text.key, text.value))
+        key, value = (part[block.kv_heads, block.keys] for part in (text.key, text.value))
         n_heads, n_queries, d_head = query.shape
         rows = (len(key), n_heads // len(key) * n_queries)
         folded = query.reshape(*rows, d_head)
@@ -250,16 +249,16 @@ class _Worker:
         _hide(by_head, block, text.window)
         sinks = None if text.sink_logits is None else text.sink_logits[block.heads, None]
         log_sum = _softmax_in_place(by_head, sinks, self._request.log_sum_exp)
-        found = self._buffer("output", (*rows, value.shape[-1]), value)
-        torch.bmm(scores, value, out=found)
-        unfolded = found.view(n_heads, n_queries, -1).transpose(0, 1)
+        output = self._buffer("output", (*rows, value.shape[-1]), value)
+        torch.bmm(scores, value, out=output)
+        unfolded = output.view(n_heads, n_queries, -1).transpose(0, 1)
         text.output[block.queries, block.heads] = unfolded.to(text.output.dtype)
         return by_head, log_sum
 
     def _reduce(
-        self, weights: Float[Tensor, "head query key"], block: _Block, columns: AttentionColumns
+        self, weights: Float[Tensor, " head query key"], block: _Block, columns: AttentionColumns
     ) -> None:
-        """Add one block's weights to the statistics, and use them up."""
+        """Add one block's weights to the statistics, and overwrite them."""
         request, (n_heads, n_queries, n_keys) = self._request, weights.shape
         heads, queries, keys = block.heads, block.queries, block.keys
         spare = weights
@@ -285,19 +284,19 @@ class _Worker:
     def _buffer(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """A piece of a buffer that all blocks and layers share."""
         size = math.prod(shape)
-        kept = self._buffers.get((name, like.device))
-        if kept is None or len(kept) < size:
-            # Blocks come largest first, so that a layer's buffers are made once.
-            kept = torch.empty(size, device=like.device)
-            self._buffers[name, like.device] = kept
-        return kept[:size].view(*shape)
+        buffer = self._buffers.get((name, like.device))
+        if buffer is None or len(buffer) < size:
+            # The largest block comes first, so that a layer's buffers are made once.
+            buffer = torch.empty(size, device=like.device)
+            self._buffers[name, like.device] = buffer
+        return buffer[:size].view(*shape)
 
 
-def _hide(scores: Float[Tensor, "head query key"], block: _Block, window: int | None) -> None:
-    """Set scores of keys behind the query, and of those before its window, to minus infinity.
+def _hide(scores: Float[Tensor, " head query key"], block: _Block, window: int | None) -> None:
+    """Set scores of keys after the query, and of those before its window, to minus infinity.
 
-    Only a block's last keys can be behind one of its queries, and only its first before a window,
-    so each mask is as wide as there are queries. A mask is added, which is faster than filling.
+    Only a block's last keys can be after one of its queries, and only its first before a window, so
+    each mask is as wide as there are queries. A mask is added, which is faster than filling.
     """
     _, n_queries, n_keys = scores.shape
     scores[:, :, n_keys - n_queries :].add_(_above_diagonal(n_queries, scores.device))
@@ -308,25 +307,25 @@ def _hide(scores: Float[Tensor, "head query key"], block: _Block, window: int | 
 
 
 @functools.lru_cache(maxsize=8)
-def _above_diagonal(size: int, device: torch.device) -> Float[Tensor, "query key"]:
+def _above_diagonal(size: int, device: torch.device) -> Float[Tensor, " query key"]:
     return torch.full((size, size), -math.inf, device=device).triu_(1)
 
 
 @functools.lru_cache(maxsize=8)
-def _up_to_diagonal(size: int, diagonal: int, device: torch.device) -> Float[Tensor, "query key"]:
+def _up_to_diagonal(size: int, diagonal: int, device: torch.device) -> Float[Tensor, " query key"]:
     return torch.full((size, size), -math.inf, device=device).tril_(diagonal)
 
 
 def _softmax_in_place(
-    scores: Float[Tensor, "head query key"],
-    sink_logits: Float[Tensor, "head 1"] | None,
-    wants_log_sum: bool,
-) -> Float[Tensor, "head query"] | None:
-    """Turn scores into weights, to which a learned logit leaves only a share.
+    scores: Float[Tensor, " head query key"],
+    sink_logits: Float[Tensor, " head 1"] | None,
+    return_log_sum: bool,
+) -> Float[Tensor, " head query"] | None:
+    """Turn scores into weights, reduced by the share of a learned logit.
 
-    Returns the logarithm of the sum that the weights were divided by, if it is wanted.
+    Returns the logarithm of the softmax denominator, if requested.
     """
-    if sink_logits is None and not wants_log_sum:
+    if sink_logits is None and not return_log_sum:
         torch.softmax(scores, dim=-1, out=scores)
         return None
     largest = scores.amax(dim=-1)
@@ -340,7 +339,7 @@ def _softmax_in_place(
 
 
 def _block_size(text: _Text, rows: int) -> int:
-    """Queries of a block that has so many rows when its query heads are folded."""
+    """Number of queries of a block that has `rows` rows after folding its query heads."""
     if text.query.device.type == "cpu":
         return max(16, rows // max(text.group, _LEAST_GROUP) // 16 * 16)
     n_heads, n_tokens, _ = text.query.shape

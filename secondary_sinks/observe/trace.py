@@ -1,8 +1,8 @@
-"""One streaming forward pass, any number of collectors.
+"""One forward pass over a text, with any number of collectors.
 
-`run_with_cache` keeps every activation (4 GB at 512 tokens of a 0.5B model) and is reduced to a few
-statistics afterwards. `trace` hands each activation to the collectors when it appears and lets it
-go: nothing is kept that is not a statistic.
+`run_with_cache` keeps every activation (4 GB at 512 tokens of a 0.5B model), which is reduced to a
+few statistics afterwards. `trace` gives each activation to the collectors as it appears and keeps
+only their statistics.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Trace(Mapping[str, Any]):
-    """What the collectors found in one text, by collector name."""
+    """The results of the collectors for one text, by collector name."""
 
-    tokens: Int[Tensor, "token"]
+    tokens: Int[Tensor, " token"]
     token_strings: tuple[str, ...]
     provenance: Provenance
     results: dict[str, Any]
     chat: bool = False
-    """Whether the tokens came out of a chat template."""
+    """Whether the tokens come from a chat template."""
 
     @property
     def attention(self) -> AttentionPath:
-        """How attention was computed: whole patterns, or streamed without them."""
+        """How attention was computed: "eager", with whole patterns, or "streaming" or "fused"."""
         return cast(AttentionPath, self.provenance.attention)
 
     def __getitem__(self, key: str) -> Any:
@@ -63,8 +63,8 @@ class Trace(Mapping[str, Any]):
         return len(self.results)
 
     def __repr__(self) -> str:
-        found = ", ".join(self.results)
-        return f"Trace({self.provenance.model.name!r}, {len(self.tokens)} tokens: {found})"
+        names = ", ".join(self.results)
+        return f"Trace({self.provenance.model.name!r}, {len(self.tokens)} tokens: {names})"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per (layer, token), with a column for every result that has both.
@@ -130,7 +130,7 @@ class TraceOptions(TypedDict, total=False):
 
 @overload
 def trace(
-    model: Any,
+    model: Model,
     text: str | list[Message],
     collectors: Sequence[Collector],
     **options: Unpack[TraceOptions],
@@ -144,14 +144,14 @@ def trace(
     model: Any, text: Text, collectors: Sequence[Collector], **options: Unpack[TraceOptions]
 ) -> Trace | list[Trace]: ...
 def trace(
-    model: Any,
+    model: Model,
     text: Text,
     collectors: Sequence[Collector],
     *,
     chat: bool = False,
     prepend_bos: bool | None = None,
     max_tokens: int | None = None,
-    attention_mask: Int[Tensor, "batch token"] | None = None,
+    attention_mask: Int[Tensor, " batch token"] | None = None,
     batch_size: int = 1,
     fwd_hooks: Sequence[UserHook] = (),
     attention: AttentionChoice = "auto",
@@ -159,29 +159,30 @@ def trace(
 ) -> Trace | list[Trace]:
     """Run the model once over each text and collect statistics of its activations.
 
-    Hooks that are already on the model stay, and what they change is what the collectors see; the
-    hooks that this call adds are gone when it ends, also when it raises. The model's mode and
-    weights are not touched and no gradient is kept.
+    Hooks that are already on the model stay in force, and collectors get what they changed. The
+    hooks that this call adds are removed at the end, also after an error. The model's mode and
+    weights do not change and no gradient is kept.
 
     Args:
         model: any TransformerLens model (`TransformerBridge`, `HookedTransformer`).
         text: a string, a list of strings, a conversation, token ids, or a list of token tensors;
             see `secondary_sinks.host.text_input.tokenize` for these and the next four arguments.
         collectors: what to keep; see `secondary_sinks.observe.collectors`. They are settings only:
-            a copy of each works on each text.
+            each text gets its own copy.
         chat: wrap each string in the model's chat template.
-        prepend_bos: None keeps the tokenizer's own convention.
+        prepend_bos: None keeps the model's own setting.
         max_tokens: cut each text after this many tokens.
         attention_mask: marks the padding of a padded token tensor.
-        batch_size: at most so many texts in one forward pass, padded on the right; texts of very
+        batch_size: largest number of texts in one forward pass, padded on the right; texts of very
             different lengths do not share one. It changes speed and memory, not the results.
         fwd_hooks: further `(hook name, function)` pairs for these passes, for example to intervene.
-        attention: "streaming" computes it a block of queries at a time and holds no pattern, so
-            that memory grows with the text and not with its square; "fused" does the same by
-            compiled kernels, on a GPU; "eager" is the host's own way. They agree up to rounding.
-            "auto" streams texts of some length, unless the model, a hook or a collector needs what
-            only the eager pass shows (patterns, scores, rotated queries and keys).
-            `Trace.attention` says which way was taken; see `observe.attention_path`.
+        attention: "eager" is TransformerLens' own computation; "streaming" computes attention a
+            block of queries at a time and holds no pattern, so that memory grows with the text and
+            not with its square; "fused" (experimental, never run on a GPU) does the same by
+            compiled kernels on a GPU. They agree up to rounding. "auto" streams texts of 256 tokens
+            and more, unless the model, a hook or a collector needs what only the eager pass shows
+            (patterns, scores, rotated queries and keys). `Trace.attention` says which path was
+            taken; see `observe.attention_path`.
         progress: show a progress bar; None shows one for more than one batch.
 
     Returns:
@@ -189,12 +190,16 @@ def trace(
 
     Raises:
         InputError: unusable text, collectors or arguments.
-        ModelError: the model lacks a site, a hook did not fire as it should, the residual identity
+        ModelError: the model lacks a site, a hook did not fire exactly once, the residual identity
             does not hold, an activation is NaN or infinite (the first such layer is named),
             memory does not suffice, or `attention="streaming"` is not possible.
+
+    >>> trace_result = trace(model, "The cat sat on the mat.", [SinkScores(), Norms("mlp_out")])
+    >>> trace_result["mlp_out_norm"].shape  # [layer, token]
+    >>> trace_result.to_frame()
     """
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}; a whole number from 1 on is meant")
+        raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     info = describe(model)
     collectors = _as_list(collectors)
     _check_collectors(model, collectors, info)
@@ -209,16 +214,17 @@ def trace(
     check_residual_identity(model)
     provenance = Provenance.of(model, fwd_hooks=fwd_hooks)
     tokenizer = getattr(model, "tokenizer", None)
-    batches = batches_of([len(one) for one in texts], batch_size)
+    batches = batches_of([len(tokenized) for tokenized in texts], batch_size)
     show = len(batches) > 1 if progress is None else progress
     traces: dict[int, Trace] = {}
     for batch in tqdm(batches, desc="forward passes", disable=not show):
-        own = [texts[index] for index in batch]
-        found, way = run_batch(model, info, own, collectors, fwd_hooks, attention)
-        for index, results in zip(batch, found, strict=True):
+        results_of_texts, path = run_batch(
+            model, info, [texts[index] for index in batch], collectors, fwd_hooks, attention
+        )
+        for index, results in zip(batch, results_of_texts, strict=True):
             tokenized = texts[index]
             of_text = provenance.of_text(
-                tokenizer, int(tokenized.tokens[0]), chat=tokenized.chat, attention=way
+                tokenizer, int(tokenized.tokens[0]), chat=tokenized.chat, attention=path
             )
             traces[index] = Trace(
                 tokenized.tokens, tokenized.token_strings, of_text, results, tokenized.chat
@@ -244,17 +250,22 @@ def trace_tokens(
 
 def _as_list(collectors: Any) -> list[Collector]:
     if isinstance(collectors, Collector) or not isinstance(collectors, Iterable):
-        raise InputError(f"a list of collectors is meant, not {type(collectors).__name__}")
+        raise InputError(f"expected a list of collectors, got {type(collectors).__name__}")
     listed = list(collectors)
     for collector in listed:
         if isinstance(collector, type) or not hasattr(collector, "update"):
             raise InputError(
-                f"{collector!r} is no collector; pass an instance, as in [SinkScores()]"
+                f"{collector!r} is not a collector; pass an instance, as in [SinkScores()]"
+            )
+        if isinstance(collector.sites, str):
+            raise InputError(
+                f"sites of {name_of(collector)} must be a tuple of names, as in "
+                f"({collector.sites!r},)"
             )
     return listed
 
 
-def _check_collectors(model: Any, collectors: Sequence[Collector], info: ModelInfo) -> None:
+def _check_collectors(model: Model, collectors: Sequence[Collector], info: ModelInfo) -> None:
     if not collectors:
         raise InputError("no collectors: say what to keep, for example [SinkScores()]")
     names = [name_of(collector) for collector in collectors]
@@ -263,7 +274,7 @@ def _check_collectors(model: Any, collectors: Sequence[Collector], info: ModelIn
         raise InputError(f"two collectors are named {sorted(twice)[0]!r}; give one another `name`")
     for collector in collectors:
         needed = hooked_sites(collector) + ["pattern"] * (ATTENTION in collector.sites)
-        for site in missing_sites(model, layer_sites(needed, info.n_layers)):
+        for site in missing_sites(model, layer_sites(needed, int(model.cfg.n_layers))):
             raise ModelError(
                 f"{name_of(collector)} reads {site.name!r}, which {info.name!r} does not have "
                 f"in layer {site.layer}: leave this collector out for this model"

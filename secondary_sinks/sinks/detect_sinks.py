@@ -11,8 +11,9 @@ from torch import Tensor
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.text_input import Message, Text
+from secondary_sinks.observe.attention_collectors import SinkScores
 from secondary_sinks.observe.attention_path import AttentionChoice
-from secondary_sinks.observe.collectors import Collector, SinkScores
+from secondary_sinks.observe.collectors import Collector
 from secondary_sinks.observe.residual_geometry import ResidualGeometry
 from secondary_sinks.observe.trace import Trace, TraceOptions, trace
 from secondary_sinks.sinks import primary as evidence_criterion

@@ -20,7 +20,7 @@ EVERYTHING = ColumnRequest(maximum=True, thresholds=(0.05, 0.3), entropy=True)
 @pytest.fixture
 def dealt(monkeypatch):
     """Blocks of short texts are dealt to threads as those of long ones are."""
-    monkeypatch.setattr(streaming_attention, "_DEALT_FROM", 0)
+    monkeypatch.setattr(streaming_attention, "_DISTRIBUTED_FROM", 0)
 
 
 def dense(query, key, value, *, scale, window=None, softcap=None, sink_logits=None, alibi=None):

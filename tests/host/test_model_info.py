@@ -1,4 +1,4 @@
-"""What a host must be before anything is measured in it."""
+"""Which models are refused, and which are measured with a warning."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def test_models_that_look_both_ways_are_refused(tiny, config, model):
     hf.config.architectures = [model.__name__]
     tokenizer = tiny("llama").tokenizer
     before = dict(tokenizer.init_kwargs)
-    tokenizer.init_kwargs["add_bos_token"] = True  # keeps the host from asking a hub
+    tokenizer.init_kwargs["add_bos_token"] = True  # keeps TransformerLens from asking a hub
     try:
-        host = TransformerBridge.boot_transformers(
+        bridge = TransformerBridge.boot_transformers(
             "both-ways", hf_model=hf, tokenizer=tokenizer, device="cpu"
         )
     finally:
         tokenizer.init_kwargs.clear()
         tokenizer.init_kwargs.update(before)
     with pytest.raises(ss.ModelError, match="not a causal language model"):
-        ss.detect_sinks(host, torch.arange(3, 20))
+        ss.detect_sinks(bridge, torch.arange(3, 20))
 
 
 def times_that_the_bias_is_added(hf):

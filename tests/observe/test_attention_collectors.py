@@ -1,7 +1,8 @@
-"""Entropies are those of the full pattern, between 0 and that of uniform attention."""
+"""Sink rates and entropies: those of the full pattern, and by hand on small ones."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import secondary_sinks as ss
@@ -11,7 +12,7 @@ N = 24
 
 
 def columns(*heads):
-    """What the collector is handed of the patterns of a layer's heads."""
+    """What the collector gets for the patterns of a layer's heads."""
     return AttentionColumns.of_pattern(torch.stack(heads), ss.AttentionEntropy.attention)
 
 
@@ -53,9 +54,10 @@ def both_ways(model, tokens):
     return eager
 
 
-def test_streamed_entropy_is_the_eager_one(tiny, family, tokens_of):
-    """Beyond a sliding window as well."""
-    both_ways(tiny(family), tokens_of(70))
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt-oss", "phi3"])
+def test_streamed_entropy_is_the_eager_one(tiny, kind, tokens_of):
+    """Beyond a sliding window as well, and with learned logits."""
+    both_ways(tiny(kind), tokens_of(70))
 
 
 def test_learned_logits_that_take_nearly_all(make_tiny, tokens_of):
@@ -76,9 +78,8 @@ def test_extremes():
     one[:, 0] = 1
     window = uniform.triu(-2)
     collector = ss.AttentionEntropy()
-    run = type("Run", (), {})()
-    collector.start(run)
-    uniform, window = (one / one.sum(-1, keepdim=True) for one in (uniform, window))
+    collector.start(None)
+    uniform, window = (part / part.sum(-1, keepdim=True) for part in (uniform, window))
     collector.update("attention", 0, columns(one, uniform))
     collector.update("attention", 1, columns(window, window))
     found = collector.result()
@@ -93,3 +94,10 @@ def test_rows_that_leave_weight_out_are_normalized():
     collector.start(None)
     collector.update("attention", 0, columns(half))
     torch.testing.assert_close(collector.result().normalized_by_head, torch.ones(1, 1))
+
+
+def test_sink_rate_is_the_share_of_heads_above_epsilon():
+    score = torch.tensor([[[0.5, 0.1], [0.2, 0.1]], [[0.4, 0.31], [0.29, 0.0]]])
+    torch.testing.assert_close(ss.sink_rate(score), torch.tensor([0.5, 0.25]))
+    with pytest.raises(ss.InputError):
+        ss.sink_rate(score, 1.5)

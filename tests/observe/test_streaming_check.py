@@ -1,4 +1,4 @@
-"""Streamed windows are checked where an eager pass of their length would not fit."""
+"""The check that streamed attention is the model's, also where a long eager pass would not fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import secondary_sinks as ss
 from secondary_sinks.host import attention_replaced as streaming
 from secondary_sinks.host.memory import is_out_of_memory
-from secondary_sinks.observe import attention_path, window_check
+from secondary_sinks.observe import attention_path, streaming_check
 
 WINDOW = 16
 N = 80
@@ -25,8 +25,8 @@ WINDOWED = {
 @pytest.fixture
 def no_budget(monkeypatch):
     """Windows are shorter than the first comparison, and nothing longer may be run eagerly."""
-    monkeypatch.setattr(attention_path, "_TESTED", WINDOW // 2)
-    monkeypatch.setattr(attention_path, "_EAGER_BUDGET", 0)
+    monkeypatch.setattr(streaming_check, "_TESTED", WINDOW // 2)
+    monkeypatch.setattr(streaming_check, "_EAGER_BUDGET", 0)
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def windowed(hf_model, tiny):
 def lengths_of_passes(model, monkeypatch):
     """Tokens of each pass from now on, and whether it held patterns."""
     passes = []
-    inner = attention_path._Pass.__init__
+    run = streaming_check._run
 
-    def noted(self, model, tokens, *, stream):
+    def noted(model, tokens, *, stream):
         passes.append((len(tokens), "streamed" if stream else "eager"))
-        inner(self, model, tokens, stream=stream)
+        return run(model, tokens, stream=stream)
 
-    monkeypatch.setattr(attention_path._Pass, "__init__", noted)
+    monkeypatch.setattr(streaming_check, "_run", noted)
     return passes
 
 
@@ -81,17 +81,21 @@ def test_windows_are_checked_without_a_long_eager_pass(
         assert torch.equal(streamed[name].nan_to_num(), again[name].nan_to_num())
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
-@pytest.mark.parametrize("told", [WINDOW - 1, WINDOW + 1, None])
-def test_a_window_that_is_not_the_masks_is_noticed(windowed, tokens_of, no_budget, family, told):
-    """The layer names one width, and the host masks by another."""
+@pytest.mark.parametrize(
+    ("family", "width"),
+    [("gemma2", WINDOW - 1), ("gpt-oss", WINDOW + 1), ("gemma2", WINDOW + 1), ("gpt-oss", None)],
+)
+def test_a_window_that_is_not_the_masks_is_noticed(windowed, tokens_of, no_budget, family, width):
+    """The layer names one width, and the model masks by another."""
     model = windowed(family, **WINDOWED[family])
-    model.blocks[0].attn.original_component.sliding_window = told
-    with pytest.raises(ss.ModelError, match=r"differs from a dense computation|no mask shows"):
+    model.blocks[0].attn.original_component.sliding_window = width
+    with pytest.raises(
+        ss.ModelError, match=r"differs from a dense computation|no layer's mask has"
+    ):
         ss.trace(model, tokens_of(N), [ss.SinkScores()], attention="streaming")
 
 
-def test_a_rule_of_its_own_is_noticed(windowed, tokens_of, monkeypatch, no_budget):
+def test_another_rule_of_the_mask_is_noticed(windowed, tokens_of, monkeypatch, no_budget):
     model = windowed("mistral", **WINDOWED["mistral"])
     monkeypatch.setattr(attention_path, "SHORTEST", N)
     build = streaming._mask_builder
@@ -108,14 +112,14 @@ def test_a_rule_of_its_own_is_noticed(windowed, tokens_of, monkeypatch, no_budge
     monkeypatch.setattr(streaming, "_mask_builder", every_other)
     seen = ss.trace(model, tokens_of(N), [ss.SinkScores()])
     assert seen.attention == "eager"
-    with pytest.raises(ss.ModelError, match="no mask shows the window of 16 tokens"):
+    with pytest.raises(ss.ModelError, match="no layer's mask has the window of 16 tokens"):
         ss.trace(model, tokens_of(N), [ss.SinkScores()], attention="streaming")
 
 
-def test_a_host_that_shows_no_mask_is_not_trusted(windowed, tokens_of, monkeypatch, no_budget):
+def test_a_model_that_shows_no_mask_stays_eager(windowed, tokens_of, monkeypatch, no_budget):
     model = windowed("mistral", **WINDOWED["mistral"])
     monkeypatch.setattr(streaming, "_mask_builder", lambda look_up: lambda *_, **__: None)
-    with pytest.raises(ss.ModelError, match="does not tell which keys its mask shows"):
+    with pytest.raises(ss.ModelError, match="does not show the mask"):
         ss.trace(model, tokens_of(N), [ss.SinkScores()], attention="streaming")
     # Texts within the window need no such check.
     short = ss.trace(model, tokens_of(WINDOW), [ss.SinkScores()], attention="streaming")
@@ -129,20 +133,17 @@ def test_a_width_that_no_layer_has_is_not_asked_for(windowed, tokens_of, no_budg
     ss.trace(model, tokens_of(N), [ss.SinkScores()], attention="streaming")
 
 
-def test_only_a_few_lines_of_a_pattern_are_ever_computed(windowed, tokens_of):
+def test_only_a_few_lines_of_a_pattern_are_ever_computed(windowed, tokens_of, monkeypatch):
     model, tokens = windowed("gemma3", sliding_window=32), tokens_of(100)
     sizes = []
-    dense = window_check._dense
+    dense = streaming_check._dense
 
     def noted(inputs, queries):
         sizes.append((len(queries), inputs.visible.shape))
         return dense(inputs, queries)
 
-    window_check._dense, kept = noted, dense
-    try:
-        assert window_check.window_problem(model, tokens, {32}, 1e-4) is None
-    finally:
-        window_check._dense = kept
+    monkeypatch.setattr(streaming_check, "_dense", noted)
+    assert streaming_check.window_problem(model, tokens, {32}, 1e-4) is None
     assert sizes == [(11, (11, 100))] * 3
 
 
@@ -153,31 +154,30 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_no_memory_for_the_comparison(make_tiny, tokens_of, monkeypatch, error):
+def test_no_memory_for_the_comparison(make_tiny, tokens_of, monkeypatch):
     """`auto` falls back; where the eager pass does not fit either, the message has both reasons."""
-    model, tokens = make_tiny("llama"), tokens_of(N)
+    model, tokens, error = make_tiny("llama"), tokens_of(N), OUT_OF_MEMORY[-1]
     monkeypatch.setattr(attention_path, "SHORTEST", N)
-    inner = attention_path._Pass.__init__
+    run = streaming_check._run
 
-    def full(self, model, tokens, *, stream):
+    def full(model, tokens, *, stream):
         if not stream:
             raise error
-        inner(self, model, tokens, stream=stream)
+        return run(model, tokens, stream=stream)
 
-    monkeypatch.setattr(attention_path._Pass, "__init__", full)
+    monkeypatch.setattr(streaming_check, "_run", full)
     assert ss.trace(model, tokens, [ss.SinkScores()]).attention == "eager"
-    with pytest.raises(ss.ModelError, match="no memory left to compare"):
+    with pytest.raises(ss.ModelError, match="not enough memory to compare"):
         ss.trace(model, tokens, [ss.SinkScores()], attention="streaming")
 
     def no_pass(*_, **__):
         raise error
 
     hooks = [("blocks.0.hook_mlp_out", no_pass)]
-    with pytest.raises(ss.ModelError, match=r"eager attention \(.*no memory left.*\); shorten"):
+    with pytest.raises(ss.ModelError, match=r"eager attention \(.*not enough memory.*\); shorten"):
         ss.trace(model, tokens, [ss.SinkScores()], fwd_hooks=hooks)
     # Nothing of it is kept: with memory the model streams.
-    monkeypatch.setattr(attention_path._Pass, "__init__", inner)
+    monkeypatch.setattr(streaming_check, "_run", run)
     assert ss.trace(model, tokens, [ss.SinkScores()]).attention == "streaming"
     with pytest.raises(ss.ModelError, match="with streaming attention; shorten"):
         ss.trace(model, tokens, [ss.SinkScores()], fwd_hooks=hooks)
@@ -196,8 +196,9 @@ def test_other_errors_pass_unchanged(make_tiny, tokens_of):
         )
 
 
-def test_the_allocator_of_the_cpu_is_understood():
+def test_what_counts_as_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 55)
     assert is_out_of_memory(caught.value)
+    assert all(map(is_out_of_memory, OUT_OF_MEMORY))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
