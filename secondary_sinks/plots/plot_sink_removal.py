@@ -114,9 +114,10 @@ def _draw_losses(axes: Axes, removal: SinkRemoval) -> None:
 
 def _draw_legend(figure: Figure, removal: SinkRemoval) -> None:
     width, height = figure.get_size_inches()
+    edited = f"{counted(len(removal.where), 'MLP output')} edited"
     handles: list[Line2D | Patch] = [
         Line2D([], [], color=COLORS["primary"], label="clean"),
-        Line2D([], [], color=COLORS["secondary"], label=counted(len(removal.where), "edit")),
+        Line2D([], [], color=COLORS["secondary"], label=edited),
     ]
     if removal.control_where:
         label = f"range of {counted(len(removal.control_where), 'control')}"
