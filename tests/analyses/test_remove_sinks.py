@@ -302,3 +302,12 @@ def test_no_hook_is_left_when_an_edit_raises(planted):
     with pytest.raises(RuntimeError, match="broken edit"):
         ss.remove_sinks(bridge, sink_map, edit=broken)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
+
+
+def test_qwen_primary_rises_without_its_secondary_sinks(qwen):
+    sink_map = ss.detect_sinks(qwen, "How many rolls of bread are left at noon?", chat=True)
+    removed = ss.remove_sinks(qwen, sink_map, n_controls=1, progress=False)
+    assert removed.where == tuple((p, 5) for p in (2, 3, 7, 12, 18, 20, 23))
+    assert set(removed.tokens_frame().outcome) == {"removed"}
+    assert removed.primary_edited > 1.5 * removed.primary_clean
+    assert removed.primary_control[0] == pytest.approx(removed.primary_clean, rel=0.05)
