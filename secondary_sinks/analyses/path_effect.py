@@ -1,25 +1,25 @@
-"""By which path does a writer's output work: later keys, later values, or later MLPs?
+"""By which path does a writer's output act: later keys, later values, or later MLPs?
 
 What an MLP writes stays in the residual stream, and every later layer reads it, through its keys,
-its values, its queries and its MLP. To weigh one of these paths, the write is taken out of what
-that one receiver reads, and of nothing else:
+its values, its queries and its MLP. To measure one of these paths, the write is subtracted from
+what that one receiver reads, and from nothing else:
 
     clean          key of layer l  <-  residual before layer l
     without path   key of layer l  <-  residual before layer l  -  write
 
-The receiver's reading at the edited token is then exactly what the path leaves of it, because keys
-and values of layer l depend on nothing but the residual before it, and the MLP on nothing but that
-and the attention's output, which is put back to the clean one.
+What the receiver then reads at the edited token is exact, because keys and values of layer l depend
+only on the residual before it, and the MLP only on that and on the attention's output, which is set
+to the clean one.
 
->>> path = ss.path_effect(model, sinks, sinks.secondary[0], receiver="k")
->>> path.effect.mean(dim=1), path.share            # by layer: lost by this path alone, of the whole
+>>> path = ss.path_effect(model, sink_map, sink_map.secondary[0], receiver="k")
+>>> path.effect.mean(dim=1), path.share       # by layer: lost by this path alone, and of the total
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -27,10 +27,10 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.forward import Editor, forward
-from secondary_sinks.host.model_info import describe
-from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.model_info import n_layers_of
+from secondary_sinks.host.protocol import Model, UserHook
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.host.sites import Site
-from secondary_sinks.host.text_input import Text
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.counterfactuals import counterfactuals
 from secondary_sinks.intervene.edits import Add, Edit, Resample, Scale, Zero
@@ -38,16 +38,13 @@ from secondary_sinks.intervene.interventions import Intervention, Row, apply_edi
 from secondary_sinks.intervene.rows import Place, edit_hooks
 from secondary_sinks.intervene.whole_text import MEMORY_BUDGET, texts_per_pass
 from secondary_sinks.result import Result
-from secondary_sinks.sinks.selection import sink_map_of
+from secondary_sinks.sinks.selection import check_map
 from secondary_sinks.sinks.sink import Sink
 from secondary_sinks.sinks.sink_map import SinkMap
+from secondary_sinks.sinks.writers import WriterRule, resolve_writers
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SILENCE = Zero()
-
-"""The default edit: nothing in the place of the writer's output."""
 
 Receiver = Literal["k", "v", "mlp"]
 
@@ -56,239 +53,138 @@ MEASURES: dict[str, str] = {
     "v": "norm of the value",
     "mlp": "MLP output along the sink direction",
 }
-
 """What is measured of each receiver."""
 
 
 def path_effect(
-    model: Any,
-    text: Text | SinkMap,
+    model: Model,
+    sink_map: SinkMap,
     sink: Sink | int,
     *,
     receiver: Receiver = "k",
     receiver_layer: int | Iterable[int] | None = None,
     writer: int | None = None,
-    edit: Edit = SILENCE,
-    chat: bool = False,
+    edit: Edit | None = None,
     fwd_hooks: Sequence[UserHook] = (),
 ) -> PathEffect:
-    """Effect of a writer's output on one later receiver alone, at the token where it was written.
+    """What does one later receiver alone read of a writer's output, at the token it was written to?
 
     For "k" it is the direct sink score (attention of the clean queries to that key), for "v" the
     norm of each value head, for "mlp" the MLP's output along the sink direction of its layer (the
     primary's residual after it). Effects of single paths need not add up to the total: norms and
     softmax are not linear, and what a receiver writes is read by further ones.
 
-    A large path effect says that the receiver reads the write; not that the model's output needs
-    the receiver.
+    Not evidence for: that the model's output needs the receiver. A large path effect says that the
+    receiver reads the write.
+
+    >>> path = ss.path_effect(model, sink_map, sink_map.secondary[0], receiver="v")
+    >>> path.to_frame()
+    >>> path.plot()
 
     Args:
         model: any TransformerLens model.
-        text: one text (see `detect_sinks`), or a sink map, whose tokens are taken.
-        sink: one of the map's sinks, or a position.
+        sink_map: from `detect_sinks` in this model.
+        sink: one of the map's sinks, or any position.
         receiver: "k", "v" or "mlp".
         receiver_layer: layers to look at, each by itself; by default those that read the sink
-            while it lives, or all after the writer for a token that is no sink. Where a later MLP
-            has erased the write, taking it out leaves its negative, and the effect says nothing of
-            the sink.
-        writer: layer of the MLP whose output is followed; by default the sink's onset.
-        edit: what takes the place of the output; the write is the difference.
-        chat: the string goes through the chat template.
-        fwd_hooks: hooks of your own, in force in every run.
+            while it lives, or all after the writer for a token that is not a sink. Where a later
+            MLP has erased the write, subtracting it leaves its negative, and the effect says
+            nothing about the sink.
+        writer: layer of the MLP whose output is followed; by default the largest write
+            (`resolve_writers`).
+        edit: what replaces the output, by default zeros; the write is the difference.
+        fwd_hooks: the hooks with which the map was made, in force here as well.
 
     Raises:
-        InputError: an unknown receiver, a layer that is not after the writer, a position that is no
-            sink without `writer`, a sink map of another model.
+        InputError: an unknown receiver, a layer that is not after the writer, a position that is
+            not a sink in a text without a primary sink and no `writer`, a sink map of another
+            model.
         ModelError: a model that cannot be measured.
     """
+    check_map(model, sink_map, fwd_hooks=fwd_hooks)
     if receiver not in get_args(Receiver):
-        raise InputError(f"no receiver {receiver!r}; use 'k', 'v' or 'mlp'")
-    found = sink_map_of(model, text, None, chat=chat, fwd_hooks=fwd_hooks)
-    position, writer = _written(found, sink, writer)
-    removed = Intervention("mlp_out", writer, position, edit)
-    check_rows(model, [(removed,)], found.n_tokens)
-    alive = [layer for one in found.sinks if one.position == position for layer in one.layers]
-    layers = _layers(receiver_layer, writer, alive, describe(model).n_layers)
-    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks)
+        raise InputError(f"receiver must be 'k', 'v' or 'mlp', got {receiver!r}")
+    if writer is None or isinstance(sink, Sink) or sink_map.phases:
+        chosen = sink_map.select([sink])[:1]
+        resolved = resolve_writers(model, sink_map, chosen, writer, fwd_hooks=fwd_hooks)
+        position, (writer,), rule = chosen[0].position, resolved.layers, resolved.rule
+    else:  # a text without a primary sink
+        position, rule = int(sink), "given"
+    removed = Intervention("mlp_out", writer, position, Zero() if edit is None else edit)
+    check_rows(model, [(removed,)], sink_map.n_tokens)
+    lives = [life for life in sink_map.sinks if life == sink or life.position == sink]
+    layers = _layers(receiver_layer, writer, lives, n_layers_of(model))
+    clean = CleanRun(sink_map)
     write = _write(model, clean, removed, fwd_hooks)
     minus = Add(-write)
     rows: list[Row] = [
         (Intervention("mlp_out", writer, position, Scale(1.0)),),
         (Intervention("mlp_out", writer, position, minus),),
+        *(_cut(receiver, layer, position, minus) for layer in layers),
     ]
-    rows += [_cut(receiver, layer, position, minus) for layer in layers]
+    provenance = sink_map.provenance
     if receiver == "k":
-        scores = counterfactuals(model, found, rows, fwd_hooks=fwd_hooks, progress=False)
-        read = list(scores.direct_score.unbind())
+        result = counterfactuals(model, sink_map, rows, fwd_hooks=fwd_hooks, progress=False)
+        readings, provenance = result.direct_score, result.provenance
     else:
-        read = _readings(model, clean, rows, receiver, fwd_hooks)
+        readings = _readings(model, clean, rows, receiver, fwd_hooks)
     at = list(layers)
     return PathEffect(
-        model=found.model,
-        token=found.token_strings[position],
+        token=sink_map.token_strings[position],
         position=position,
         writer=writer,
-        edit=repr(edit),
+        writer_rule=rule,
+        edit=repr(removed.edit),
         write_norm=float(write.float().norm()),
         receiver=receiver,
         layers=layers,
-        clean=read[0][at],
-        without_write=read[1][at],
-        without_path=torch.stack([read[2 + n][layer] for n, layer in enumerate(layers)]),
+        clean=readings[0, at],
+        without_write=readings[1, at],
+        without_path=torch.stack([readings[2 + n, layer] for n, layer in enumerate(layers)]),
+        provenance=provenance,
     )
-
-
-def _cut(receiver: Receiver, layer: int, position: int, minus: Add) -> Row:
-    """The edits after which a receiver reads the residual without the write."""
-    before = Intervention("resid_pre", layer, position, minus)
-    if receiver != "mlp":
-        return (before,)
-    # The attention between the residual and the MLP has read the edited residual too: its clean
-    # output is put back, so that only what the MLP reads has changed.
-    return before, Intervention("attn_out", layer, position, Resample(position))
-
-
-def _readings(
-    model: Any,
-    clean: CleanRun,
-    rows: Sequence[Row],
-    receiver: Receiver,
-    fwd_hooks: Sequence[UserHook],
-) -> list[Float[Tensor, "layer part"]]:
-    """What each row's value or MLP says in every layer, as many rows in a pass as memory allows."""
-    position = rows[0][0].position
-    # Nothing after a token can change what it reads itself, so the text ends with it.
-    n_tokens = position + 1
-    size = texts_per_pass(model, n_tokens, MEMORY_BUDGET, logits=False)
-    found: list[Tensor] = []
-    for first in range(0, len(rows), size):
-        chunk = rows[first : first + size]
-        places: list[Place] = [(1 + row, position) for row in range(len(chunk))]
-        meter = _ReceiverMeter(clean, receiver, position)
-        tokens = clean.tokens[:n_tokens].expand(1 + len(chunk), -1)
-        forward(
-            model,
-            tokens,
-            [*edit_hooks(chunk, places, clean), *meter.editors()],
-            fwd_hooks=fwd_hooks,
-            attention_mask=torch.ones_like(tokens),
-        )
-        found.extend(torch.stack(meter.found, dim=1).unbind())
-    return found
-
-
-class _ReceiverMeter:
-    """Reads one token's values, or MLP outputs, in every layer of every edited copy."""
-
-    def __init__(self, clean: CleanRun, receiver: Receiver, position: int):
-        self._clean, self._receiver, self._position = clean, receiver, position
-        self.found: list[Float[Tensor, "row part"]] = []
-
-    def editors(self) -> list[tuple[Site, Editor]]:
-        """The functions that read."""
-        site = "v" if self._receiver == "v" else "mlp_out"
-        layers = range(self._clean.primary.shape[0])
-        return [(Site(site, layer), self._reader(layer)) for layer in layers]
-
-    def _reader(self, layer: int) -> Editor:
-        direction = torch.nn.functional.normalize(self._clean.primary[layer], dim=-1)
-
-        def read(activation: Tensor) -> None:
-            own = activation[1:, self._position].float().cpu()
-            along = self._receiver == "mlp"
-            self.found.append((own @ direction)[:, None] if along else own.norm(dim=-1))
-
-        return read
-
-
-def _write(
-    model: Any, clean: CleanRun, removed: Intervention, fwd_hooks: Sequence[UserHook]
-) -> Float[Tensor, "d_model"]:
-    """What the edit takes out of the residual stream."""
-    found: list[Tensor] = []
-
-    def read(activation: Tensor) -> None:
-        value = activation[0, removed.position]
-        found.append(value - apply_edit(removed, value, activation[0], clean.ordinary))
-
-    tokens = clean.tokens[None]
-    site = Site(removed.site, removed.layer)
-    mask = torch.ones_like(tokens)
-    forward(model, tokens, [(site, read)], fwd_hooks=fwd_hooks, attention_mask=mask)
-    return found[0]
-
-
-def _written(found: SinkMap, sink: Sink | int, writer: int | None) -> tuple[int, int]:
-    position = sink.position if isinstance(sink, Sink) else int(sink)
-    lives = [one for one in found.sinks if one.position == position]
-    if isinstance(sink, Sink) and sink.layers not in [one.layers for one in lives]:
-        raise InputError(f"{sink!r} is no sink of this text")
-    if writer is None:
-        if not lives:
-            raise InputError(f"token {position} is no sink, so `writer` must be given")
-        writer = sink.l_start if isinstance(sink, Sink) else lives[0].l_start
-    return position, writer
-
-
-def _layers(
-    given: int | Iterable[int] | None, writer: int, alive: Sequence[int], n_layers: int
-) -> tuple[int, ...]:
-    if given is None:
-        # The life that the writer begins; the layer behind its end still reads it.
-        end = writer + 1
-        while end in alive:
-            end += 1
-        layers = tuple(range(writer + 1, min(end + 1, n_layers) if writer in alive else n_layers))
-    else:
-        layers = (given,) if isinstance(given, int) else tuple(given)
-    wrong = [layer for layer in layers if not writer < layer < n_layers]
-    if wrong or not layers:
-        raise InputError(
-            f"receiver layers {wrong or layers} do not lie after the writer {writer} and before "
-            f"{n_layers}: nothing earlier can read what it writes"
-        )
-    return layers
 
 
 @dataclass(frozen=True)
 class PathEffect(Result):
-    """A receiver's reading of one token: clean, with one path cut, and with all of them cut.
+    """What a receiver reads at one token: clean, with one path cut, and with all paths cut.
 
     The last axis is the head for keys, the key-value head for values, and of length 1 for MLPs.
     """
 
-    model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.ModelInfo`)."""
     token: str
     position: int
     writer: int
-    """Layer whose MLP output is taken out."""
+    """Layer whose MLP output is edited."""
+    writer_rule: WriterRule
+    """How it was chosen."""
     edit: str
-    """What takes its place."""
+    """What replaces it."""
     write_norm: float
-    """Norm of what is taken out: the clean output minus what takes its place."""
+    """Norm of the write: the clean output minus what replaces it."""
     receiver: Receiver
     layers: tuple[int, ...]
     """Layers of the receivers, each of them cut by itself."""
-    clean: Float[Tensor, "layer part"]
-    without_path: Float[Tensor, "layer part"]
-    """With the write gone from what this receiver alone reads, all else clean."""
-    without_write: Float[Tensor, "layer part"]
+    clean: Float[Tensor, " layer part"]
+    without_path: Float[Tensor, " layer part"]
+    """With the write subtracted from what this receiver alone reads, all else clean."""
+    without_write: Float[Tensor, " layer part"]
     """With the writer itself edited, and the token's whole trajectory recomputed."""
+    provenance: Provenance
 
     @property
-    def effect(self) -> Float[Tensor, "layer part"]:
+    def effect(self) -> Float[Tensor, " layer part"]:
         """Effect of the write through this receiver alone: clean minus `without_path`."""
         return self.clean - self.without_path
 
     @property
-    def total(self) -> Float[Tensor, "layer part"]:
+    def total(self) -> Float[Tensor, " layer part"]:
         """Effect of the write on the same reading by all paths: clean minus `without_write`."""
         return self.clean - self.without_write
 
     @property
-    def share(self) -> Float[Tensor, "layer"]:
-        """Effect over total, both averaged over parts. Not confined to [0, 1]: paths may work
+    def share(self) -> Float[Tensor, " layer"]:
+        """Effect over total, both averaged over parts. Not confined to [0, 1]: paths may act
         against each other. NaN where the write has no effect at all."""
         total = self.total.mean(dim=1)
         return self.effect.mean(dim=1) / total.masked_fill(total == 0, torch.nan)
@@ -302,7 +198,7 @@ class PathEffect(Result):
         )
         return (
             f"PathEffect(MLP {self.writer} -> {self.receiver} of layers {where} at token "
-            f"{self.position}: {MEASURES[self.receiver]} {self.clean[strongest].mean():.4g} -> "
+            f"{self.position}: {MEASURES[self.receiver]} {self.clean[strongest].mean():.4g} to "
             f"{self.without_path[strongest].mean():.4g} at {self.layers[strongest]})"
         )
 
@@ -321,3 +217,90 @@ class PathEffect(Result):
         layers = [layer for layer in self.layers for _ in range(n_parts)]
         parts = list(range(n_parts)) * len(self.layers)
         return pd.DataFrame({"layer": layers, "part": parts, **columns})
+
+
+def _layers(
+    given: int | Iterable[int] | None, writer: int, lives: Sequence[Sink], n_layers: int
+) -> tuple[int, ...]:
+    """The receiver layers; by default up to the last one that reads the life after the writer."""
+    if given is None:
+        last = next((x.layers[-1] for x in lives if writer <= x.layers[-1]), n_layers)
+        layers = tuple(range(writer + 1, min(last + 2, n_layers)))
+    else:
+        layers = (given,) if isinstance(given, int) else tuple(given)
+    wrong = [layer for layer in layers if not writer < layer < n_layers]
+    if wrong or not layers:
+        raise InputError(
+            f"receiver layers {wrong or layers} do not lie after the writer {writer} and before "
+            f"{n_layers}: earlier layers cannot read what it writes"
+        )
+    return layers
+
+
+def _write(
+    model: Model, clean: CleanRun, removed: Intervention, fwd_hooks: Sequence[UserHook]
+) -> Float[Tensor, " d_model"]:
+    """What the edit subtracts from the residual stream."""
+    written: list[Tensor] = []
+
+    def read(activation: Tensor) -> None:
+        value = activation[0, removed.position]
+        # The edit gets a copy, because it may change its argument in place.
+        edited = apply_edit(removed, value.clone(), activation[0].clone(), clean.ordinary)
+        written.append(value - edited)
+
+    tokens = clean.tokens[None]
+    site = Site(removed.site, removed.layer)
+    mask = torch.ones_like(tokens)
+    forward(model, tokens, [(site, read)], fwd_hooks=fwd_hooks, attention_mask=mask)
+    return written[0]
+
+
+def _cut(receiver: Receiver, layer: int, position: int, minus: Add) -> Row:
+    """The edits after which a receiver reads the residual without the write."""
+    before = Intervention("resid_pre", layer, position, minus)
+    if receiver != "mlp":
+        return (before,)
+    # The attention between the residual and the MLP has read the edited residual too: its output is
+    # set to the clean one, so that only what the MLP reads has changed.
+    return before, Intervention("attn_out", layer, position, Resample(position))
+
+
+def _readings(
+    model: Model,
+    clean: CleanRun,
+    rows: Sequence[Row],
+    receiver: Receiver,
+    fwd_hooks: Sequence[UserHook],
+) -> Float[Tensor, " row layer part"]:
+    """Each row's value norms or MLP output in every layer, many rows to a pass."""
+    position = rows[0][0].position
+    # Later tokens cannot change what a token reads, so the text ends with it.
+    tokens = clean.tokens[: position + 1]
+    size = texts_per_pass(model, len(tokens), MEMORY_BUDGET, logits=False)
+    directions = torch.nn.functional.normalize(clean.primary, dim=-1)
+    site = "v" if receiver == "v" else "mlp_out"
+    layers = range(clean.n_layers)
+    by_layer: list[list[Tensor]] = [[] for _ in layers]
+
+    def reader(layer: int) -> Editor:
+        def read(activation: Tensor) -> None:
+            value = activation[1:, position].float().cpu()
+            along = (value @ directions[layer])[:, None] if receiver == "mlp" else None
+            by_layer[layer].append(value.norm(dim=-1) if along is None else along)
+
+        return read
+
+    readers = [(Site(site, layer), reader(layer)) for layer in layers]
+    for first in range(0, len(rows), size):
+        chunk = rows[first : first + size]
+        places: list[Place] = [(1 + row, position) for row in range(len(chunk))]
+        copies = tokens.expand(1 + len(chunk), -1)
+        forward(
+            model,
+            copies,
+            [*edit_hooks(chunk, places, clean), *readers],
+            fwd_hooks=fwd_hooks,
+            attention_mask=torch.ones_like(copies),
+        )
+    return torch.stack([torch.cat(parts) for parts in by_layer], dim=1)

@@ -2,23 +2,22 @@
 
 The attention of block l + 1 reads the residual after block l, so a secondary sink that is alive
 after block l is *seen* in block l + 1, and the primary's sink score is taken there. One point is
-one text at one such layer. What goes wrong with the obvious number, the correlation of all points
-(`pooled`): a score changes with depth, whether or not there are secondary sinks, which all begin
-and end in the same layers; and it falls with the length of a text, while the number of secondary
-sinks grows. So three numbers are told:
+one text at one such layer. The correlation of all points (`pooled`) is confounded: a score changes
+with depth whether or not there are secondary sinks, which all begin and end in the same layers; and
+it falls with the length of a text, while the number of secondary sinks grows. So there are three:
 
-* **pooled**: all points. Confounded by both; told because it is what is often shown;
+* **pooled**: all points. Confounded by depth and length; reported because it is often shown;
 * **within layers**: ranks are taken in each layer, across texts. Free of depth, not of length;
-* **adjusted**: each layer's mean and each text's mean are taken off both. What is left compares the
-  same text at layers with and without its secondary sinks, against what other texts do there. This
-  is the one to quote, as far as an observation goes.
+* **adjusted**: the mean of each layer and of each text is subtracted from both quantities. What is
+  left compares a text at layers with and without secondary sinks against what other texts do there.
+  This is the one to quote, as far as an observation goes.
 
-Of the measures of strength the number of secondary sinks is comparable between layers. Norm ratios
-are not: they shrink with depth, because ordinary residuals grow, while keys are read after a norm.
-With them, the correlation within layers is the one that means something.
+The number of secondary sinks is comparable between layers. Norm ratios are not: they shrink with
+depth, because ordinary residuals grow, while keys are read after a norm. For them, look at the
+correlation within layers.
 
-Intervals resample texts: layers of one text are no independent witnesses. The causal answer is
-another: take the sinks out and see (`SinkRemoval`), and it stands beside these where it is given.
+Intervals resample texts, because the layers of one text are not independent samples. The causal
+answer, from runs without the sinks (`SinkRemoval`), stands beside these where it is given.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ from torch import Tensor
 
 from secondary_sinks.analyses.remove_sinks import SinkRemoval
 from secondary_sinks.errors import InputError
-from secondary_sinks.result import Result
+from secondary_sinks.host.provenance import Provenance
+from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.distinct_sinks import shared_beginnings
 from secondary_sinks.sinks.selection import check_one_model
 from secondary_sinks.sinks.sink_map import SinkMap
@@ -43,7 +43,7 @@ from secondary_sinks.statistics import (
     Correlation,
     bootstrap_interval,
     grouped_interval,
-    spearman,
+    grouped_spearman,
 )
 
 if TYPE_CHECKING:
@@ -55,34 +55,68 @@ STRENGTHS: tuple[Strength, ...] = ("number", "norm", "score")
 
 
 def primary_weakening(
-    maps: SinkMap | Sequence[SinkMap],
+    sink_maps: SinkMap | Sequence[SinkMap],
     *,
     removals: SinkRemoval | Sequence[SinkRemoval] = (),
     seed: int = 0,
 ) -> PrimaryWeakening:
-    """Relate the primary's sink score, layer by layer, to the secondary sinks that live there.
+    """Does the primary draw less attention in the layers and texts with more secondary sinks?
 
-    Their strength is their number, the sum of their norm ratios, or the sum of their sink scores.
-    The headline is the `adjusted` correlation with their number, without each layer's and each
-    text's mean; `analyses.primary_weakening` tells why, and what is wrong with the others. It needs
-    texts that differ in their secondary sinks, best of one length.
+    The strength of the live secondary sinks is their number, the sum of their norm ratios, or the
+    sum of their sink scores. Quote the `adjusted` correlation with their number, which leaves out
+    the mean of each layer and text; the module `analyses.primary_weakening` says what is wrong with
+    the others. The texts must differ in their secondary sinks and are best of one length.
 
-    What it is not evidence for: that secondary sinks *take* the attention from the primary. Texts
-    that make more of them may differ otherwise; pass the results of `remove_sinks` for the causal
-    answer beside it. The correlation with their sink scores is partly arithmetic, since all the
-    attention of a query adds up to 1: what one key gets the others lose.
+    Not evidence for: that secondary sinks *take* the attention from the primary. Texts with more of
+    them may differ in other ways; pass the results of `remove_sinks` for the causal answer. The
+    correlation with their sink scores is partly arithmetic, since all the attention of a query adds
+    up to 1.
+
+    >>> sink_maps = ss.detect_sinks(model, texts)
+    >>> removals = [ss.remove_sinks(model, sink_map) for sink_map in sink_maps[:3]]
+    >>> ss.primary_weakening(sink_maps, removals=removals).summary()
 
     Args:
-        maps: sink maps of one or many texts of one model, from `detect_sinks`.
-        removals: results of `remove_sinks` in some of these texts.
-        seed: of the resampling; recorded with the result.
+        sink_maps: maps of one or many texts of one model, from `detect_sinks`.
+        removals: results of `remove_sinks` for secondary sinks of some of these texts.
+        seed: of the resampling.
 
     Raises:
         InputError: no maps, maps of several models or without measurements, or removals in other
-            texts than theirs.
+            texts or of other tokens than secondary sinks.
     """
-    given = [removals] if isinstance(removals, SinkRemoval) else list(removals)
-    return weakening(maps, given, seed=seed)
+    several = check_one_model(sink_maps)
+    removals = [removals] if isinstance(removals, SinkRemoval) else list(removals)
+    n_layers = several[0].norm.shape[0]  # type: ignore[union-attr]
+    shape = (len(several), n_layers)
+    strengths = {name: torch.zeros(shape) for name in STRENGTHS}
+    primary, in_phase = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    for text, sink_map in enumerate(several):
+        score = sink_map.sink_score.mean(dim=1)  # type: ignore[union-attr]
+        primary[text] = score[:, sink_map.primary_position]
+        for start, end in sink_map.phases:
+            in_phase[text, start + 1 : end + 1] = True
+        for sink in sink_map.secondary:
+            shown = [layer + 1 for layer in sink.layers if layer + 1 < n_layers]
+            strengths["number"][text, shown] += 1
+            ratios = sink.evidence.norm_ratio if sink.evidence else (math.nan,) * sink.lifetime
+            strengths["norm"][text, shown] += torch.tensor(ratios)[: len(shown)]
+            # The score of a sink with too few later queries is not known.
+            strengths["score"][text, shown] += score[shown, sink.position].nan_to_num(0.0)
+    in_phase &= ~torch.isnan(primary)
+    relations = tuple(
+        _relate(name, strengths[name], primary, in_phase, seed=seed) for name in STRENGTHS
+    )
+    return PrimaryWeakening(
+        primary=primary,
+        counted=in_phase,
+        n_tokens=tuple(sink_map.n_tokens for sink_map in several),
+        relations=relations,
+        causal=_causal(removals, several, seed=seed) if removals else None,
+        notes=_notes(several, strengths["number"], relations),
+        provenance=several[0].provenance.extended(seed=seed),
+        **strengths,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,26 +127,26 @@ class Weakening:
     pooled: Correlation
     within_layers: Correlation
     adjusted: Correlation
-    """Pearson's of what is left without each layer's and each text's mean: the number to quote."""
+    """Pearson's, without the mean of each layer and text: the number to quote."""
     slope: float
-    """Change of the primary's sink score for one more unit of strength, from the same remainders;
-    NaN where they do not vary."""
+    """Change of the primary's sink score for one more unit of strength, without the same means; NaN
+    where the rest does not vary."""
     slope_low: float
     slope_high: float
 
 
 @dataclass(frozen=True)
 class CausalWeakening:
-    """What taking the secondary sinks out does to the primary, in the removals that were given."""
+    """What removing the secondary sinks does to the primary, in the removals that were given."""
 
-    change: Float[Tensor, "removal"]
-    """Primary's sink score without the secondary sinks less that with them: mean over heads and the
-    layers that saw them. Positive: they weakened it."""
-    control_change: Float[Tensor, "removal"]
+    change: Float[Tensor, " removal"]
+    """Primary's sink score without the secondary sinks minus that with them, mean over heads and
+    the layers that saw them. Positive: they weakened it."""
+    control_change: Float[Tensor, " removal"]
     """The same of the control edits, mean over controls; NaN without."""
-    per_sink: Float[Tensor, "removal"]
+    per_sink: Float[Tensor, " removal"]
     """The change over the mean number of secondary sinks that those layers saw."""
-    by_layer: Float[Tensor, "removal layer"]
+    by_layer: Float[Tensor, " removal layer"]
     """The change at every layer."""
     mean: float
     low: float
@@ -124,40 +158,39 @@ class CausalWeakening:
 class PrimaryWeakening(Result):
     """The primary's sink score against the live secondary sinks; see `primary_weakening`."""
 
-    primary: Float[Tensor, "text layer"]
+    primary: Float[Tensor, " text layer"]
     """The primary's sink score, mean over heads."""
-    number: Float[Tensor, "text layer"]
+    number: Float[Tensor, " text layer"]
     """How many secondary sinks the attention of that layer sees."""
-    norm: Float[Tensor, "text layer"]
+    norm: Float[Tensor, " text layer"]
     """Sum of their norm ratios."""
-    score: Float[Tensor, "text layer"]
+    score: Float[Tensor, " text layer"]
     """Sum of their sink scores in that layer."""
-    counted: Bool[Tensor, "text layer"]
+    counted: Bool[Tensor, " text layer"]
     """Layers that show a primary phase of the text: only these enter the numbers."""
     n_tokens: tuple[int, ...]
     relations: tuple[Weakening, ...]
     """By number, norm and score of the secondary sinks."""
     causal: CausalWeakening | None
     """None without removals."""
-    seed: int
     notes: tuple[str, ...]
-    model: dict[str, Any]
+    provenance: Provenance
 
     def relation(self, strength: Strength = "number") -> Weakening:
         """The correlations with one measure of strength."""
-        return next(one for one in self.relations if one.strength == strength)
+        return next(relation for relation in self.relations if relation.strength == strength)
 
     def __repr__(self) -> str:
-        found = self.relation().adjusted
         removed = (
-            f", removal changes it by {self.causal.mean:+.3f} in {len(self.causal.change)} texts"
+            f", removal changes it by {self.causal.mean:+.3f} in "
+            f"{counted(len(self.causal.change), 'text')}"
             if self.causal
             else ""
         )
         return (
-            f"PrimaryWeakening({self.model.get('name', '?')!r}, {len(self.primary)} texts: "
-            "adjusted correlation with the number of live secondary sinks "
-            f"{found.rho:.2f}{removed})"
+            f"PrimaryWeakening({self.provenance.model.name!r}, "
+            f"{counted(len(self.primary), 'text')}: adjusted correlation with the number of live "
+            f"secondary sinks {self.relation().adjusted.rho:.2f}{removed})"
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -178,12 +211,13 @@ class PrimaryWeakening(Result):
         import pandas as pd
 
         rows = []
-        for one in self.relations:
-            row: dict[str, Any] = {"strength": one.strength}
+        for relation in self.relations:
+            row: dict[str, Any] = {"strength": relation.strength}
             for name in ("pooled", "within_layers", "adjusted"):
-                found = getattr(one, name)
-                row |= {name: found.rho, f"{name}_low": found.low, f"{name}_high": found.high}
-            row |= {"slope": one.slope, "slope_low": one.slope_low, "slope_high": one.slope_high}
+                value = getattr(relation, name)
+                row |= {name: value.rho, f"{name}_low": value.low, f"{name}_high": value.high}
+            for name in ("slope", "slope_low", "slope_high"):
+                row[name] = getattr(relation, name)
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -191,53 +225,17 @@ class PrimaryWeakening(Result):
         return self.summary()
 
 
-def weakening(
-    maps: SinkMap | Sequence[SinkMap], removals: Sequence[SinkRemoval], *, seed: int
-) -> PrimaryWeakening:
-    """Put the points of all texts together and relate them; see `primary_weakening`."""
-    several = check_one_model(maps)
-    n_layers = several[0].norm.shape[0]  # type: ignore[union-attr]
-    shape = (len(several), n_layers)
-    found = {name: torch.zeros(shape) for name in STRENGTHS}
-    primary, counted = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-    for text, one in enumerate(several):
-        score = one.sink_score.mean(dim=1)  # type: ignore[union-attr]
-        primary[text] = score[:, one.primary_position]
-        for start, end in one.phases:
-            counted[text, start + 1 : end + 1] = True
-        for sink in one.secondary:
-            seen = [layer + 1 for layer in sink.layers if layer + 1 < n_layers]
-            found["number"][text, seen] += 1
-            ratios = sink.evidence.norm_ratio if sink.evidence else (math.nan,) * len(sink.layers)
-            found["norm"][text, seen] += torch.tensor(ratios)[: len(seen)]
-            # Sinks so near the end that nobody could look at them draw nothing that was measured.
-            found["score"][text, seen] += score[seen, sink.position].nan_to_num(0.0)
-    counted &= ~torch.isnan(primary)
-    relations = tuple(_relate(name, found[name], primary, counted, seed=seed) for name in STRENGTHS)
-    return PrimaryWeakening(
-        primary=primary,
-        counted=counted,
-        n_tokens=tuple(one.n_tokens for one in several),
-        relations=relations,
-        causal=_causal(removals, several, seed=seed) if removals else None,
-        seed=seed,
-        notes=_notes(several, found["number"], relations),
-        model=several[0].model,
-        **found,
-    )
-
-
 def _relate(
     name: Strength,
-    strength: Float[Tensor, "text layer"],
-    primary: Float[Tensor, "text layer"],
-    counted: Bool[Tensor, "text layer"],
+    strength: Float[Tensor, " text layer"],
+    primary: Float[Tensor, " text layer"],
+    in_phase: Bool[Tensor, " text layer"],
     *,
     seed: int,
 ) -> Weakening:
-    text, layer = (index[counted].tolist() for index in _indices(counted))
-    x, y = strength[counted], primary[counted]
-    inner = [_without_means(table, counted) for table in (strength, primary)]
+    text, layer = (index[in_phase].tolist() for index in _indices(in_phase))
+    x, y = strength[in_phase], primary[in_phase]
+    inner = [_without_means(table, in_phase) for table in (strength, primary)]
 
     def slope_of(index: Any) -> float:
         square = float(inner[0][index] @ inner[0][index])
@@ -254,8 +252,8 @@ def _relate(
     slope_low, slope_high = grouped_interval(text, slope_of, seed=seed)
     return Weakening(
         strength=name,
-        pooled=spearman(x, y, text, seed=seed),
-        within_layers=spearman(x, y, text, within=layer, seed=seed),
+        pooled=grouped_spearman(x, y, text, seed=seed),
+        within_layers=grouped_spearman(x, y, text, within=layer, seed=seed),
         adjusted=Correlation(rho, low, high),
         slope=slope,
         slope_low=slope_low,
@@ -263,50 +261,54 @@ def _relate(
     )
 
 
-def _indices(counted: Bool[Tensor, "text layer"]) -> tuple[Tensor, ...]:
-    axes = [torch.arange(size) for size in counted.shape]
+def _indices(in_phase: Bool[Tensor, " text layer"]) -> tuple[Tensor, ...]:
+    axes = [torch.arange(size) for size in in_phase.shape]
     return torch.meshgrid(*axes, indexing="ij")
 
 
-def _without_means(values: Float[Tensor, "text layer"], counted: Bool[Tensor, "text layer"]) -> Any:
-    """Counted values less the mean of their text and of their layer (least squares, any gaps)."""
-    wanted = values[counted].double().numpy()
-    ends = [index[counted].numpy() for index in _indices(counted)]
-    columns = [own[:, None] == np.unique(own)[None] for own in ends]
+def _without_means(
+    values: Float[Tensor, " text layer"], in_phase: Bool[Tensor, " text layer"]
+) -> Any:
+    """Values in a phase minus the mean of their text and layer (least squares, any gaps)."""
+    wanted = values[in_phase].double().numpy()
+    ends = [index[in_phase].numpy() for index in _indices(in_phase)]
+    columns = [labels[:, None] == np.unique(labels)[None] for labels in ends]
     design = np.concatenate(columns, axis=1).astype(float)
     left = wanted - design @ np.linalg.lstsq(design, wanted, rcond=None)[0]
-    # Rounding leaves a trace where nothing is left; it must not pass for a value that varies.
+    # Rounding leaves small values where nothing is left; they must not count as variation.
     left[np.abs(left) < 1e-6 * float(np.abs(wanted).max(initial=0.0))] = 0.0
     return left
 
 
-def remainders(found: PrimaryWeakening, strength: Strength) -> tuple[Any, Any]:
-    """Strength and score of every counted point without its text's and its layer's mean."""
-    x = _without_means(getattr(found, strength), found.counted)
-    return x, _without_means(found.primary, found.counted)
+def remainders(weakening: PrimaryWeakening, strength: Strength) -> tuple[Any, Any]:
+    """Strength and score of every counted point without the mean of its text and layer."""
+    x = _without_means(getattr(weakening, strength), weakening.counted)
+    return x, _without_means(weakening.primary, weakening.counted)
 
 
 def _causal(
-    removals: Sequence[SinkRemoval], maps: Sequence[SinkMap], *, seed: int
+    removals: Sequence[SinkRemoval], sink_maps: Sequence[SinkMap], *, seed: int
 ) -> CausalWeakening:
-    known = {(one.model.get("name"), one.token_strings) for one in maps}
+    known = {(one.provenance.weights, one.token_strings) for one in sink_maps}
     changes, controls, per_sink, by_layer = [], [], [], []
-    for one in removals:
-        if one.reverse:
-            raise InputError("a removal that adds sinks (reverse=True); pass those that take away")
-        if (one.model.get("name"), one.token_strings) not in known:
+    for removal in removals:
+        if removal.reverse:
+            raise InputError(f"{removal!r} adds sinks; pass removals made with reverse=False")
+        if any(sink.kind != "secondary" for sink in removal.sinks):
             raise InputError(
-                f"a removal in another text or model than the maps: {one!r}; pass the map of its "
-                "text as well"
+                f"{removal!r} edits tokens that are not secondary sinks; pass removals made with "
+                "sinks='secondary'"
             )
-        frame = one.to_frame()
-        live = sum(len(sink.layers) for sink in one.sinks) / max(1, len(one.live_layers))
-        changes.append(one.primary_edited - one.primary_clean)
-        has_controls = len(one.control_where) > 0
-        mean = float(one.primary_control.mean()) if has_controls else math.nan
-        controls.append(mean - one.primary_clean)
-        per_sink.append(changes[-1] / live)
-        by_layer.append(torch.tensor(frame["change"].to_numpy(), dtype=torch.float32))
+        if (removal.provenance.weights, removal.token_strings) not in known:
+            raise InputError(
+                f"{removal!r} is in another text or model than the maps; pass the map of its text "
+                "as well"
+            )
+        n_live = sum(sink.lifetime for sink in removal.sinks) / max(1, len(removal.live_layers))
+        changes.append(removal.primary_edited - removal.primary_clean)
+        controls.append(float(removal.primary_control.mean()) - removal.primary_clean)
+        per_sink.append(changes[-1] / n_live)
+        by_layer.append(torch.tensor(removal.to_frame()["change"].to_numpy()))
     change = torch.tensor(changes)
     several = len(changes) > 1
     low, high = bootstrap_interval(change, seed=seed) if several else (math.nan, math.nan)
@@ -314,7 +316,7 @@ def _causal(
         change=change,
         control_change=torch.tensor(controls),
         per_sink=torch.tensor(per_sink),
-        by_layer=torch.stack(by_layer),
+        by_layer=torch.stack(by_layer).float(),
         mean=float(change.mean()),
         low=low,
         high=high,
@@ -322,31 +324,33 @@ def _causal(
 
 
 def _notes(
-    maps: Sequence[SinkMap],
-    number: Float[Tensor, "text layer"],
+    sink_maps: Sequence[SinkMap],
+    number: Float[Tensor, " text layer"],
     relations: Sequence[Weakening],
 ) -> tuple[str, ...]:
     notes = []
-    lengths = [one.n_tokens for one in maps]
+    lengths = [sink_map.n_tokens for sink_map in sink_maps]
     if max(lengths) > 1.5 * min(lengths):
         notes.append(
             f"texts are {min(lengths)} to {max(lengths)} tokens long, and scores fall with length; "
             "cut them to one length with max_tokens"
         )
-    if len(maps) < 2:
-        notes.append("one text cannot tell secondary sinks from depth: pass several")
+    if len(sink_maps) < 2:
+        notes.append("one text cannot separate the effect of secondary sinks from depth: pass more")
     elif bool((number == number[:1]).all()):
         notes.append(
-            "all texts have the same number of secondary sinks in every layer, so only small "
-            "differences of their norms are left to compare by"
+            "all texts have the same number of secondary sinks in every layer, so they differ only "
+            "in the norms and scores of these"
         )
-    shared = [one.secondary and all(sink.position < n for sink in one.secondary)
-              for one, n in zip(maps, shared_beginnings(maps), strict=True)]  # fmt: skip
-    if any(shared):
+    n_shared = sum(
+        bool(sink_map.secondary) and all(sink.position < n for sink in sink_map.secondary)
+        for sink_map, n in zip(sink_maps, shared_beginnings(sink_maps), strict=True)
+    )
+    if n_shared:
         notes.append(
-            f"{sum(map(bool, shared))} of {len(maps)} texts have no secondary sink but those of the"
-            " beginning that they share with an earlier text"
+            f"all secondary sinks of {counted(n_shared, 'text')} (of {len(sink_maps)}) are in a "
+            "beginning shared with an earlier text"
         )
-    if all(math.isnan(one.adjusted.rho) for one in relations):
-        notes.append("the secondary sinks of these texts do not differ, so nothing can be related")
+    if all(math.isnan(relation.adjusted.rho) for relation in relations):
+        notes.append("the secondary sinks of these texts do not differ: there is nothing to relate")
     return tuple(notes)

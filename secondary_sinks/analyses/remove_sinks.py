@@ -1,27 +1,23 @@
 """What does a text lose, or gain, without its secondary sinks?
 
-The primary sink draws less attention while secondary sinks live. That it does so *because* of them
-is a claim about causes, and is answered by an experiment: the MLP that wrote each sink is silenced
-at that token, all sinks of the text at once, and the whole text is run again.
+The primary sink draws less attention while secondary sinks live. Whether it does so *because* of
+them is answered by an experiment: the output of the MLP that wrote each sink is taken out at that
+token, for all sinks of the text at once, and the whole text is run again.
 
->>> removal = ss.remove_sinks(model, text)
->>> removal.primary_clean, removal.primary_edited       # over the layers where sinks were looked at
+>>> removal = ss.remove_sinks(model, sink_map)
+>>> removal.primary_clean, removal.primary_edited       # over the layers whose attention saw sinks
 (0.14, 0.44)
 >>> removal.to_frame()                                  # layer by layer, beside the controls
 
-Silencing an MLP at a few tokens changes a text in any case, so the same edit is made at as many
-ordinary tokens nearby, several times over. `reverse=True` asks the other way round: what the MLP
-wrote into each sink is written into an ordinary token, which makes more sinks.
-
-The result of `remove_sinks`: sink scores, losses and divergences of the runs, and what follows from
-them. Nothing here touches a model.
+Editing an MLP's output at a few tokens changes a text in any case, so control runs make the same
+edit at as many ordinary tokens. `reverse=True` asks the opposite question: it writes what the MLP
+wrote into each sink into an ordinary token, which makes more sinks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,242 +26,145 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.text_input import Text
+from secondary_sinks.host.protocol import Model, UserHook
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import Edit, Resample, Zero
 from secondary_sinks.intervene.interventions import Intervention, check_rows
-from secondary_sinks.intervene.whole_text import (
-    MEMORY_BUDGET,
-    OutputChange,
-    TextState,
-    run_whole_texts,
-)
-from secondary_sinks.result import Result
-from secondary_sinks.sinks.selection import sink_map_of
+from secondary_sinks.intervene.whole_text import MEMORY_BUDGET, run_whole_texts
+from secondary_sinks.result import Result, counted
+from secondary_sinks.sinks.controls import matched_controls
+from secondary_sinks.sinks.selection import check_map
 from secondary_sinks.sinks.sink import Sink
-from secondary_sinks.sinks.sink_map import SinkMap
+from secondary_sinks.sinks.sink_map import SinkChoice, SinkMap
+from secondary_sinks.sinks.writers import WriterRule, resolve_writers
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SILENCE = Zero()
-
-"""The default edit: nothing in the place of the writer's output."""
-
-N_NEAREST = 16
-
-"""A control token is drawn from this many ordinary tokens, those nearest to the one it stands
-for: position decides how much attention a token draws."""
-
 
 def remove_sinks(
-    model: Any,
-    text: Text | SinkMap,
-    sinks: SinkMap | Sequence[Sink] | None = None,
+    model: Model,
+    sink_map: SinkMap,
     *,
-    writers: Mapping[int, int | Sequence[int]] | None = None,
-    edit: Edit = SILENCE,
+    sinks: SinkChoice = "secondary",
+    writers: int | Mapping[int, int | Sequence[int]] | None = None,
+    edit: Edit | None = None,
     reverse: bool = False,
     n_controls: int = 5,
     seed: int = 0,
-    chat: bool = False,
     fwd_hooks: Sequence[UserHook] = (),
     memory_budget: int = MEMORY_BUDGET,
     progress: bool | None = None,
 ) -> SinkRemoval:
-    """Silence the writers of all secondary sinks at once, and say what becomes of the text.
+    """What becomes of the primary, the loss and the output when all sinks are removed at once?
 
-    Exact: the edited text is run in full, so later tokens, the primary's score, and the output are
-    what the model makes of it. The claim that it tests is claim 3 of arXiv 2512.22213.
+    The edited text is run in full, so later tokens, the primary's score and the output are exact.
+    This tests claim 3 of arXiv 2512.22213.
 
-    A change of the loss is not evidence that sinks are good or bad for the model: the edit takes a
-    whole MLP output away, not the sink alone (`edit=ProjectOut(direction)` takes less), and one
+    Not evidence for: that sinks are good or bad for the model, if the loss changes. The edit takes
+    a whole MLP output away, not the sink alone (`edit=ProjectOut(direction)` takes less), and one
     text is one sample. A p-value is over control tokens of this text, not over texts.
+
+    >>> removal = ss.remove_sinks(model, sink_map, n_controls=3)
+    >>> removal.tokens_frame()               # what became of each edited token
+    >>> removal.plot()
 
     Args:
         model: any TransformerLens model.
-        text: one text (see `detect_sinks`), or a sink map, whose tokens are taken.
-        sinks: the text's sink map, or those of its secondary sinks that are meant.
-        writers: layer (or layers) of the MLP to edit at a position; by default each sink's onset
-            layer, which is its writer because the residual is a sink for the first time after it.
-        edit: what takes the place of the MLP's output.
-        reverse: add sinks: write the clean MLP output of each sink's writer at that sink into an
-            ordinary token nearby. The controls get the output of an ordinary token instead.
-        n_controls: runs in which as many ordinary tokens, matched in position, are edited so.
-        seed: decides which.
-        chat: the string goes through the chat template.
-        fwd_hooks: hooks of your own, in force in every run.
+        sink_map: from `detect_sinks` in this model.
+        sinks: which tokens to edit, sinks or not; see `SinkMap.select`.
+        writers: the layer whose MLP is edited: one for all, or a mapping from position to a layer
+            or to several; by default the largest write of each sink (`resolve_writers`).
+        edit: what replaces the MLP's output; by default zeros.
+        reverse: add sinks: write the clean MLP output of each sink's writer into an ordinary token
+            matched to the sink. The controls get the output of an ordinary token instead.
+        n_controls: control runs, each of which edits as many ordinary tokens, matched to the sinks
+            (`sinks.controls.matched_controls`).
+        seed: of the draws of control tokens.
+        fwd_hooks: the hooks with which the map was made, in force here as well.
         memory_budget: bytes that attention and logits of one pass may take.
         progress: show a progress bar; None shows one for more than one pass.
 
     Raises:
-        InputError: a text without secondary sinks, sinks that are none of this text, a writer out
-            of range, too few ordinary tokens, a sink map of another model or text.
+        InputError: nothing is selected, a writer out of range, too few ordinary tokens, a sink map
+            of another model.
         ModelError: a model that cannot be measured.
     """
-    if reverse and edit is not SILENCE:
-        raise InputError("reverse=True writes the sinks' own MLP outputs; it takes no other edit")
+    check_map(model, sink_map, fwd_hooks=fwd_hooks)
+    chosen = sink_map.select(sinks)
+    if reverse and edit is not None:
+        raise InputError("reverse=True writes the sinks' MLP outputs; it takes no other edit")
     if n_controls < 0:
-        raise InputError(f"n_controls is {n_controls}; 0 or more are meant")
-    chosen = None if isinstance(sinks, SinkMap) or sinks is None else list(sinks)
-    known = sinks if isinstance(sinks, SinkMap) else None
-    found = sink_map_of(model, text, known, chat=chat, fwd_hooks=fwd_hooks)
-    meant = _chosen(found, chosen)
-    written = _writers(meant, writers)
-    clean = CleanRun.of(model, found, fwd_hooks=fwd_hooks)
-    draw = random.Random(seed)
+        raise InputError(f"n_controls must be 0 or more, got {n_controls}")
+    written, rule = _outputs(model, sink_map, chosen, writers, fwd_hooks)
+    runs = range(1, 1 + n_controls)
     if reverse:
-        texts, where = _transplants(clean, written, n_controls, draw)
+        recipients = _matched(sink_map, chosen, written, seed=[seed, 0])
+        taken = [position for position, _ in recipients]
+        donors = [written, *(_matched(sink_map, chosen, written, [seed, r], taken) for r in runs)]
+        where = [recipients] * len(donors)
+        edits: list[list[Edit]] = [[Resample(position) for position, _ in run] for run in donors]
     else:
-        where = [written, *(_matched(clean, written, draw) for _ in range(n_controls))]
-        texts = [[Intervention("mlp_out", x, p, edit) for p, x in one] for one in where]
-    for one in texts:
-        check_rows(model, [(each,) for each in one], found.n_tokens)
-    states = run_whole_texts(
+        edit = Zero() if edit is None else edit
+        where = [written, *(_matched(sink_map, chosen, written, [seed, run]) for run in runs)]
+        edits = [[edit] * len(written)] * len(where)
+    texts = [
+        [
+            Intervention("mlp_out", layer, position, new)
+            for (position, layer), new in zip(run, run_edits, strict=True)
+        ]
+        for run, run_edits in zip(where, edits, strict=True)
+    ]
+    check_rows(model, [(one,) for text in texts for one in text], sink_map.n_tokens)
+    clean = CleanRun(sink_map)
+    before, (edited, *controls) = run_whole_texts(
         model, clean, texts, fwd_hooks=fwd_hooks, memory_budget=memory_budget, progress=progress
     )
-    return _result(clean, meant, written, where, states, repr(edit), seed, reverse)
-
-
-def _result(
-    clean: CleanRun,
-    meant: Sequence[Sink],
-    written: list[tuple[int, int]],
-    where: list[list[tuple[int, int]]],
-    states: tuple[TextState, list[TextState]],
-    edit: str,
-    seed: int,
-    reverse: bool,
-) -> SinkRemoval:
-    before, (edited, *controls) = states
-    primary = clean.sink_map.primary_position
+    primary = sink_map.primary_position
     positions = [position for position, _ in where[0]]
-    outputs = [_output(state) for state in (edited, *controls)]
-    scores = [state.sink_score[:, :, primary] for state in controls]
-    losses = [output.token_loss for output in outputs[1:]]
+    is_sink = edited.is_sink(clean, positions)
+    for index, position in enumerate(positions):
+        for sink in sink_map.sinks:
+            if sink.position == position and sink not in chosen:
+                is_sink[index, list(sink.layers)] = False
+    outputs = [state.output for state in (edited, *controls)]
+    loss = torch.stack([output.token_loss for output in outputs])
+    score = torch.stack([state.sink_score[:, :, primary] for state in (edited, *controls)])
     return SinkRemoval(
-        model=clean.sink_map.model,
-        token_strings=clean.sink_map.token_strings,
+        token_strings=sink_map.token_strings,
         primary_position=primary,
-        sinks=tuple(dataclasses.replace(sink, evidence=None) for sink in meant),
+        sinks=tuple(dataclasses.replace(sink, evidence=None) for sink in chosen),
         where=tuple(where[0]),
-        control_where=tuple(tuple(one) for one in where[1:]),
+        control_where=tuple(tuple(run) for run in where[1:]),
         donors=tuple(position for position, _ in written) if reverse else (),
-        edit="transplant" if reverse else edit,
-        seed=seed,
+        edit="transplant" if reverse else repr(edit),
+        writer_rule=rule,
         clean_score=before.sink_score,
         edited_score=edited.sink_score,
-        control_score=_stack(scores, before.sink_score.shape[:2]),
+        control_score=score[1:],
         edited_norm=edited.norm[:, positions],
-        is_sink=edited.is_sink(clean, positions),
-        clean_loss=_output(before).token_loss,
-        edited_loss=outputs[0].token_loss,
-        control_loss=_stack(losses, outputs[0].token_loss.shape),
+        is_sink=is_sink,
+        clean_loss=before.output.token_loss,
+        edited_loss=loss[0],
+        control_loss=loss[1:],
         kl=torch.tensor([output.kl for output in outputs]),
         top1_changed=torch.tensor([output.top1_share for output in outputs]),
+        provenance=sink_map.provenance.extended(seed=seed),
     )
-
-
-def _chosen(found: SinkMap, chosen: list[Sink] | None) -> list[Sink]:
-    if chosen is None:
-        if not found.secondary:
-            raise InputError(
-                f"the text has no secondary sinks ({found!r}); see the map's margins() for the "
-                "tokens that came nearest"
-            )
-        return found.secondary
-    known = {(sink.position, sink.layers) for sink in found.secondary}
-    wrong = [s for s in chosen if not isinstance(s, Sink) or (s.position, s.layers) not in known]
-    if wrong or not chosen:
-        raise InputError(
-            f"{wrong[0]!r} is no secondary sink of this text" if wrong else "no sinks to remove"
-        )
-    return chosen
-
-
-def _writers(
-    sinks: Sequence[Sink], writers: Mapping[int, int | Sequence[int]] | None
-) -> list[tuple[int, int]]:
-    """(position, layer) of every MLP output to edit."""
-    given = dict(writers or {})
-    strange = sorted(set(given) - {sink.position for sink in sinks})
-    if strange:
-        raise InputError(f"`writers` names positions {strange}, which are no sinks to remove")
-    where: set[tuple[int, int]] = set()
-    for sink in sinks:
-        layers = given.get(sink.position, sink.l_start)
-        for layer in (layers,) if isinstance(layers, int) else layers:
-            where.add((sink.position, layer))
-    return sorted(where)
-
-
-def _matched(
-    clean: CleanRun,
-    where: Sequence[tuple[int, int]],
-    draw: random.Random,
-    taken: Sequence[int] = (),
-) -> list[tuple[int, int]]:
-    """An ordinary token nearby for each edited one, with the same layers; each is used once."""
-    n_tokens = len(clean.tokens)
-    # The last tokens are left out, as for sink scores: too few later tokens see what is done there.
-    last = n_tokens - int(clean.sink_map.thresholds["min_queries"])
-    ordinary = [p for p in clean.ordinary.nonzero().flatten().tolist() if p < last]
-    free = set(ordinary) - set(taken)
-    stands_for: dict[int, int] = {}
-    for position in dict.fromkeys(position for position, _ in where):
-        nearest = sorted(free, key=lambda p: (abs(p - position), p))[:N_NEAREST]
-        if not nearest:
-            raise InputError(
-                f"the text has too few ordinary tokens ({len(ordinary)}) to match its sinks: use "
-                "a longer text, fewer sinks, or n_controls=0"
-            )
-        stands_for[position] = draw.choice(nearest)
-        free.discard(stands_for[position])
-    return [(stands_for[position], layer) for position, layer in where]
-
-
-def _transplants(
-    clean: CleanRun, written: list[tuple[int, int]], n_controls: int, draw: random.Random
-) -> tuple[list[list[Intervention]], list[list[tuple[int, int]]]]:
-    """Each sink's write into an ordinary token; in the controls, ordinary writes into the same."""
-    recipients = _matched(clean, written, draw)
-    taken = [position for position, _ in recipients]
-    texts = []
-    for control in range(1 + n_controls):
-        donors = written if control == 0 else _matched(clean, written, draw, taken)
-        texts.append(
-            [
-                Intervention("mlp_out", layer, position, Resample(donor))
-                for (position, layer), (donor, _) in zip(recipients, donors, strict=True)
-            ]
-        )
-    return texts, [recipients] * (1 + n_controls)
-
-
-def _output(state: TextState) -> OutputChange:
-    if state.output is None:
-        raise InputError("the output was not measured")
-    return state.output
-
-
-def _stack(parts: list[Tensor], shape: Sequence[int]) -> Tensor:
-    return torch.stack(parts) if parts else torch.zeros(0, *shape)
 
 
 @dataclass(frozen=True)
 class SinkRemoval(Result):
-    """The text with its secondary sinks, without them, and with as many other tokens edited.
+    """A text with its sinks, without them, and with as many other tokens edited.
 
-    `where` axes run over the edits; `control` axes over the seeded control runs.
+    `where` axes run over the edited MLP outputs, `control` axes over the control runs.
     """
 
-    model: dict[str, Any]
-    """Name, generation, depth and weight processing of the model (`host.sites.ModelInfo`)."""
     token_strings: tuple[str, ...]
     primary_position: int
     sinks: tuple[Sink, ...]
-    """The secondary sinks that were removed, or that were copied (without their evidence)."""
+    """The sinks that were to be removed, or that were copied (without their evidence)."""
     where: tuple[tuple[int, int], ...]
     """(position, layer) of each edited MLP output."""
     control_where: tuple[tuple[tuple[int, int], ...], ...]
@@ -274,28 +173,31 @@ class SinkRemoval(Result):
     """With `reverse`, the sink whose write each edited token got; empty otherwise."""
     edit: str
     """What was done, in words."""
-    seed: int
-    clean_score: Float[Tensor, "layer head token"]
+    writer_rule: WriterRule
+    """How the layers of `where` were chosen."""
+    clean_score: Float[Tensor, " layer head token"]
     """Sink scores of the clean text; NaN for the last token."""
-    edited_score: Float[Tensor, "layer head token"]
+    edited_score: Float[Tensor, " layer head token"]
     """The same after the edit."""
-    control_score: Float[Tensor, "control layer head"]
+    control_score: Float[Tensor, " control layer head"]
     """The primary's sink scores in each control run."""
-    edited_norm: Float[Tensor, "layer where"]
+    edited_norm: Float[Tensor, " layer where"]
     """Residual norm of each edited token after the edit."""
-    is_sink: Bool[Tensor, "where layer"]
-    """Whether each edited token is a sink after the edit, judged as the clean text was."""
-    clean_loss: Float[Tensor, "token-1"]
+    is_sink: Bool[Tensor, " where layer"]
+    """Whether each edited token is a sink after the edit, judged as the clean text was; lives of
+    the token that were not to be removed do not count."""
+    clean_loss: Float[Tensor, " token-1"]
     """Cross-entropy of each next token in the clean text, nats."""
-    edited_loss: Float[Tensor, "token-1"]
+    edited_loss: Float[Tensor, " token-1"]
     """The same after the edit."""
-    control_loss: Float[Tensor, "control token-1"]
+    control_loss: Float[Tensor, " control token-1"]
     """The same in each control run."""
-    kl: Float[Tensor, "1+control"]
+    kl: Float[Tensor, " 1+control"]
     """Mean KL(clean || edited) of the next-token distributions, nats: the edit's, then each
     control's."""
-    top1_changed: Float[Tensor, "1+control"]
-    """Share of positions whose most likely next token is another, in the same order."""
+    top1_changed: Float[Tensor, " 1+control"]
+    """Share of positions whose most likely next token changes, in the same order."""
+    provenance: Provenance
 
     @property
     def reverse(self) -> bool:
@@ -304,11 +206,9 @@ class SinkRemoval(Result):
 
     @property
     def live_layers(self) -> list[int]:
-        """Layers whose attention saw the sinks of the clean text that were removed or copied: those
-        after each layer in which one of them lives. The edit's own outcome has no say in it."""
-        n_layers = self.clean_score.shape[0]
-        alive = {layer for sink in self.sinks for layer in sink.layers}
-        return sorted(layer + 1 for layer in alive if layer + 1 < n_layers)
+        """Layers whose attention saw `sinks` in the clean text: those after each layer in which one
+        of them lives. They do not depend on the outcome of the edit."""
+        return self._shown(self.sinks)
 
     @property
     def primary_clean(self) -> float:
@@ -321,27 +221,31 @@ class SinkRemoval(Result):
         return self._live(self.edited_score[:, :, self.primary_position])
 
     @property
-    def primary_control(self) -> Float[Tensor, "control"]:
+    def primary_control(self) -> Float[Tensor, " control"]:
         """The same in each control run."""
-        return torch.tensor([self._live(one) for one in self.control_score])
+        return torch.tensor([self._live(score) for score in self.control_score])
 
     @property
     def p_value(self) -> float:
-        """Permutation p-value: the share of runs, the edit's own among them, whose primary changed
+        """Permutation p-value: the share of runs, the edit itself among them, whose primary changed
         at least as much. With n controls it cannot fall below 1 / (n + 1)."""
         change = abs(self.primary_edited - self.primary_clean)
         others = (self.primary_control - self.primary_clean).abs()
         return (1 + int((others >= change).sum())) / (1 + len(others))
 
     def __repr__(self) -> str:
-        done = "added" if self.reverse else "removed"
-        alive = self.is_sink.any(dim=1)
-        count = int(alive.sum()) if self.reverse else int((~alive).sum())
+        parts = []
+        for outcome, tokens in self.tokens_frame().groupby("outcome", sort=False):
+            n, text = len(tokens), str(outcome)
+            noun = "sink" if text in _OF_SINKS else "token"
+            parts.append(
+                f"{counted(n, noun)} {text if n == 1 else text.replace('a sink', 'sinks')}: score "
+                f"{tokens.clean_score.mean():.3f} to {tokens.edited_score.mean():.3f}"
+            )
         return (
-            f"SinkRemoval({count} of {len(self.where)} sinks {done}: primary "
-            f"{self.primary_clean:.3f} -> {self.primary_edited:.3f}, loss "
-            f"{self.clean_loss.mean():.3f} -> {self.edited_loss.mean():.3f}, "
-            f"{len(self.control_where)} controls)"
+            f"SinkRemoval({'; '.join(parts)}; primary {self.primary_clean:.3f} to "
+            f"{self.primary_edited:.3f}, loss {self.clean_loss.mean():.3f} to "
+            f"{self.edited_loss.mean():.3f}, {counted(len(self.control_where), 'control')})"
         )
 
     def _notebook_frame(self) -> pd.DataFrame:
@@ -373,24 +277,57 @@ class SinkRemoval(Result):
         frame["live"] = frame["layer"].isin(self.live_layers)
         return frame
 
+    def tokens_frame(self) -> pd.DataFrame:
+        """One row for each edited token: what became of it.
+
+        Scores are means over heads and the layers that show the sink's life, the norm is a mean
+        over that life; with `reverse` it is the life of the sink whose write was copied. `lifetime`
+        counts layers after the edit.
+        """
+        import pandas as pd
+
+        rows = []
+        positions = [position for position, _ in self.where]
+        for index, position in enumerate(positions):
+            if position in positions[:index]:
+                continue  # another layer of the same token
+            source = self.donors[index] if self.reverse else position
+            lives = [sink for sink in self.sinks if sink.position == source]
+            life, shown = [x for sink in lives for x in sink.layers], self._shown(lives)
+            clean, edited = (
+                float(score[shown, :, position].mean())
+                for score in (self.clean_score, self.edited_score)
+            )
+            lifetime = int(self.is_sink[index].sum())
+            was_sink = not self.reverse and any(sink.kind != "chosen" for sink in lives)
+            rows.append(
+                {
+                    "position": position,
+                    "token": self.token_strings[position],
+                    "writers": tuple(layer for p, layer in self.where if p == position),
+                    "clean_lifetime": sum(sink.lifetime for sink in lives) if was_sink else 0,
+                    "lifetime": lifetime,
+                    "clean_score": clean,
+                    "edited_score": edited,
+                    "edited_norm": float(self.edited_norm[life, index].mean()),
+                    "outcome": _outcome(was_sink, lifetime > 0, edited < clean, self.reverse),
+                }
+            )
+        return pd.DataFrame(rows)
+
     def heads(self) -> pd.DataFrame:
         """One row for each layer and head: the primary's sink score, clean and edited."""
         import pandas as pd
 
-        primary = self.primary_position
-        n_layers, n_heads = self.clean_score.shape[:2]
-        layer, head = torch.meshgrid(torch.arange(n_layers), torch.arange(n_heads), indexing="ij")
-        clean = self.clean_score[:, :, primary].flatten()
-        edited = self.edited_score[:, :, primary].flatten()
-        return pd.DataFrame(
-            {
-                "layer": layer.flatten().numpy(),
-                "head": head.flatten().numpy(),
-                "clean": clean.numpy(),
-                "edited": edited.numpy(),
-                "change": (edited - clean).numpy(),
-            }
+        layers, heads = map(range, self.clean_score.shape[:2])
+        index = pd.MultiIndex.from_product([layers, heads], names=["layer", "head"])
+        clean, edited = (
+            score[:, :, self.primary_position].flatten()
+            for score in (self.clean_score, self.edited_score)
         )
+        columns = {"clean": clean, "edited": edited, "change": edited - clean}
+        values = {name: value.numpy() for name, value in columns.items()}
+        return pd.DataFrame(values, index=index).reset_index()
 
     def summary(self) -> pd.DataFrame:
         """One row for each run (clean, edited, every control): primary, loss, output."""
@@ -398,23 +335,86 @@ class SinkRemoval(Result):
 
         names = ["clean", "edited", *(f"control {n}" for n in range(len(self.control_where)))]
         losses = torch.cat([self.clean_loss[None], self.edited_loss[None], self.control_loss])
+        primary = [self.primary_clean, self.primary_edited, *self.primary_control.tolist()]
         return pd.DataFrame(
             {
                 "run": names,
-                "primary": [
-                    self.primary_clean,
-                    self.primary_edited,
-                    *self.primary_control.tolist(),
-                ],
+                "primary": primary,
                 "loss": losses.mean(dim=1).tolist(),
                 "kl": [0.0, *self.kl.tolist()],
                 "top1_changed": [0.0, *self.top1_changed.tolist()],
             }
         )
 
-    def _live(self, score: Float[Tensor, "layer head"]) -> float:
+    def _shown(self, sinks: Sequence[Sink]) -> list[int]:
+        """Layers whose attention shows the lives of some sinks."""
+        n_layers = self.clean_score.shape[0]
+        alive = {layer for sink in sinks for layer in sink.layers}
+        return sorted(layer + 1 for layer in alive if layer + 1 < n_layers)
+
+    def _live(self, score: Float[Tensor, " layer head"]) -> float:
         return float(score[self.live_layers].mean())
 
 
-def _pairs(listed: Any) -> tuple[tuple[int, int], ...]:
-    return tuple((int(position), int(layer)) for position, layer in listed)
+_OF_SINKS = ("removed", "weakened, still aligned", "still a sink")
+
+
+def _outcome(was_sink: bool, is_sink: bool, weaker: bool, reverse: bool) -> str:
+    """What became of an edited token, in words."""
+    if was_sink:
+        still = "weakened, still aligned" if weaker else "still a sink"
+        return still if is_sink else "removed"
+    if is_sink:
+        return "became a sink"
+    return "did not become a sink" if reverse else "edited, never a sink"
+
+
+def _outputs(
+    model: Model,
+    sink_map: SinkMap,
+    sinks: Sequence[Sink],
+    writers: int | Mapping[int, int | Sequence[int]] | None,
+    fwd_hooks: Sequence[UserHook],
+) -> tuple[list[tuple[int, int]], WriterRule]:
+    """(position, layer) of every MLP output to edit, and how they were chosen."""
+    turns: list[Any] = [writers]
+    if isinstance(writers, Mapping):
+        # `resolve_writers` takes one layer for each position: the first of each, then the second.
+        given = {p: x if isinstance(x, Sequence) else (x,) for p, x in writers.items()}
+        several = {position: layers for position, layers in given.items() if layers}
+        turns = [
+            {position: layers[min(turn, len(layers) - 1)] for position, layers in several.items()}
+            for turn in range(max([1, *map(len, several.values())]))
+        ]
+    resolved = [
+        resolve_writers(model, sink_map, sinks, turn, fwd_hooks=fwd_hooks) for turn in turns
+    ]
+    where = {
+        (sink.position, layer)
+        for turn in resolved
+        for sink, layer in zip(sinks, turn.layers, strict=True)
+    }
+    return sorted(where), resolved[0].rule
+
+
+def _matched(
+    sink_map: SinkMap,
+    sinks: Sequence[Sink],
+    where: Sequence[tuple[int, int]],
+    seed: Sequence[int],
+    taken: Collection[int] = (),
+) -> list[tuple[int, int]]:
+    """A control token for each edited one, with the same layers; no token is used twice."""
+    sink_at = {sink.position: sink for sink in reversed(sinks)}
+    exclude = {*sink_at, *taken}
+    stands_for: dict[int, int] = {}
+    for position in dict.fromkeys(position for position, _ in where):
+        drawn = matched_controls(sink_map, sink_at[position], 1, seed=seed, exclude=exclude)
+        if not drawn:
+            raise InputError(
+                f"the text has too few ordinary tokens to match {counted(len(sink_at), 'sink')}: "
+                "use a longer text, fewer sinks, or n_controls=0"
+            )
+        stands_for[position] = drawn[0]
+        exclude.add(drawn[0])
+    return [(stands_for[position], layer) for position, layer in where]

@@ -1,8 +1,7 @@
-"""Figures of a patching scan and of a path effect.
+"""Figure of a patching scan: one heat map for each site, layers upward, tokens to the right.
 
-A scan is one heat map for each site, layers upward, tokens to the right. Colors are normalized
-effects: white is the base run, full color the other run's metric. A framed cell of an estimated
-scan was run exactly as well. A path effect is drawn as curves by layer.
+Colors are normalized effects: white is the base run, full color the metric of the source run. A
+framed cell of an estimated scan was run exactly as well.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from secondary_sinks.analyses.patch_activations import PatchResult
-from secondary_sinks.analyses.path_effect import MEASURES, PathEffect
 from secondary_sinks.plots.style import (
-    COLORS,
     SMALL,
     add_panel,
     new_figure,
@@ -27,7 +24,7 @@ from secondary_sinks.plots.style import (
 
 _LEFT, _RIGHT, _TOP, _GAP = 0.6, 0.85, 0.55, 0.3  # inches
 _LABELED = 60
-"""With more columns than this, tokens are numbered and not spelled."""
+"""With more columns than this, the token strings are left out."""
 
 
 def plot_patch_result(patched: PatchResult, *, width: float | None = None) -> Figure:
@@ -73,36 +70,6 @@ def plot_patch_result(patched: PatchResult, *, width: float | None = None) -> Fi
         bar.tick_params(labelsize=SMALL)
         heading = f"{patched.direction}, {patched.scan}: {_unit(patched)}"
         figure.text(0.1 / width, 1 - 0.2 / height, heading, fontsize=8, weight="bold")
-    return figure
-
-
-def plot_path_effect(path: PathEffect, *, width: float = 4.5) -> Figure:
-    """Draw a receiver's reading by layer: clean, without the path, without the write."""
-    curves = (
-        ("clean", "clean", COLORS["primary"], "-"),
-        ("without_write", f"MLP {path.writer} edited", COLORS["secondary"], "-"),
-        ("without_path", f"write gone from this layer's {path.receiver} alone", "#009E73", "--"),
-    )
-    with styled():
-        figure = new_figure(width, 2.95)
-        axes = add_panel(figure, 0.75, 0.85, width - 0.9, 1.6)
-        axes.set_label("path")
-        for name, label, color, style in curves:
-            values = getattr(path, name).mean(dim=1).numpy()
-            axes.plot(
-                path.layers, values, color=color, linestyle=style, marker="o", ms=2.5, label=label
-            )
-        axes.set(xlabel="layer of the receiver", ylabel=MEASURES[path.receiver])
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        token = visible(path.token, limit=12)
-        heading = f"MLP {path.writer} at token {path.position} ({token})"
-        figure.text(0.1 / width, 1 - 0.2 / 2.95, heading, fontsize=8, weight="bold")
-        figure.legend(
-            loc="upper left",
-            bbox_to_anchor=(0.1 / width, 1 - 0.26 / 2.95),
-            ncols=1 if width < 4 else 2,
-            borderaxespad=0,
-        )
     return figure
 
 

@@ -1,8 +1,8 @@
-"""The weakening of the primary as a picture: its score by layer, and what is left to compare.
+"""Figure of the primary's weakening: its score by layer, and against the secondary sinks.
 
-Left, the primary's sink score by layer, a line a text, darker where more secondary sinks live;
-middle, the points without their layer's and their text's mean, with the slope; right, where
-removals were given, what taking the secondary sinks out does to the primary at every layer.
+Left, the primary's sink score by layer, one line for each text, colored by the secondary sinks that
+live; middle, the points without the mean of their layer and text, with the slope; right, where
+removals were given, the change of the primary's score by layer without the secondary sinks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from secondary_sinks.analyses.primary_weakening import PrimaryWeakening, Strength, remainders
+from secondary_sinks.analyses.primary_weakening import (
+    STRENGTHS,
+    PrimaryWeakening,
+    Strength,
+    remainders,
+)
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.style import COLORS, SMALL, add_panel, new_figure, styled
 
@@ -23,12 +28,12 @@ _BAR = 0.55
 
 
 def plot_primary_weakening(
-    found: PrimaryWeakening, *, strength: Strength = "number", panel: float = 1.9
+    weakening: PrimaryWeakening, *, strength: Strength = "number", panel: float = 1.9
 ) -> Figure:
     """The primary's score by layer and against the secondary sinks that live.
 
     Args:
-        found: of one or many texts.
+        weakening: of one or many texts.
         strength: by which measure of the secondary sinks.
         panel: width of a panel in inches.
 
@@ -36,13 +41,13 @@ def plot_primary_weakening(
         A matplotlib `Figure`.
 
     Raises:
-        InputError: a `panel` that is not above 0, or no such measure.
+        InputError: a `panel` that is not above 0, or an unknown measure.
     """
     if not panel > 0:
-        raise InputError(f"panel is {panel} inches; it must be above 0")
-    if strength not in ("number", "norm", "score"):
-        raise InputError(f"no strength {strength!r}; use 'number', 'norm' or 'score'")
-    n_panels = 3 if found.causal else 2
+        raise InputError(f"panel must be above 0 inches, got {panel}")
+    if strength not in STRENGTHS:
+        raise InputError(f"strength={strength!r}; use {', '.join(STRENGTHS)}")
+    n_panels = 3 if weakening.causal else 2
     height = 0.85 * panel
     width = _LEFT + n_panels * panel + (n_panels - 1) * _GAP + _BAR + _RIGHT
     with styled():
@@ -50,24 +55,24 @@ def plot_primary_weakening(
         lines = add_panel(figure, _LEFT, _TOP, panel, height)
         bar = add_panel(figure, _LEFT + panel + 0.06, _TOP, 0.08, height)
         points = add_panel(figure, _LEFT + panel + _BAR + _GAP, _TOP, panel, height)
-        _draw_lines(lines, bar, found, strength)
-        _draw_points(points, found, strength)
-        if found.causal:
+        _draw_lines(lines, bar, weakening, strength)
+        _draw_points(points, weakening, strength)
+        if weakening.causal:
             left = _LEFT + 2 * (panel + _GAP) + _BAR
-            _draw_causal(add_panel(figure, left, _TOP, panel, height), found)
+            _draw_causal(add_panel(figure, left, _TOP, panel, height), weakening)
     return figure
 
 
-def _draw_lines(axes: Axes, bar: Axes, found: PrimaryWeakening, strength: Strength) -> None:
+def _draw_lines(axes: Axes, bar: Axes, weakening: PrimaryWeakening, strength: Strength) -> None:
     axes.set_label("layers")
-    values = getattr(found, strength).numpy()
+    values = getattr(weakening, strength).numpy()
     colors = LinearSegmentedColormap.from_list("live", [COLORS["primary"], COLORS["secondary"]])
     scale = Normalize(0, float(np.nanmax(values, initial=0.0)) or 1.0)
-    primary = found.primary.masked_fill(~found.counted, np.nan).numpy()
+    primary = weakening.primary.masked_fill(~weakening.counted, np.nan).numpy()
     layers = np.arange(primary.shape[1])
-    for row, own in zip(primary, values, strict=True):
+    for row, live in zip(primary, values, strict=True):
         axes.plot(layers, row, color=COLORS["ordinary"], linewidth=0.5, alpha=0.6)
-        axes.scatter(layers, row, c=own, cmap=colors, norm=scale, s=6, linewidth=0, zorder=3)
+        axes.scatter(layers, row, c=live, cmap=colors, norm=scale, s=6, linewidth=0, zorder=3)
     axes.set(xlabel="layer", ylabel="sink score of the primary")
     axes.set_title("each text, mean over heads", fontsize=SMALL)
     axes.set_ylim(bottom=0)
@@ -84,26 +89,26 @@ _NAMES: dict[Strength, str] = {
 }
 
 
-def _draw_points(axes: Axes, found: PrimaryWeakening, strength: Strength) -> None:
+def _draw_points(axes: Axes, weakening: PrimaryWeakening, strength: Strength) -> None:
     axes.set_label("remainders")
-    relation = found.relation(strength)
-    x, y = remainders(found, strength)
+    relation = weakening.relation(strength)
+    x, y = remainders(weakening, strength)
     axes.plot(x, y, "o", color=COLORS["ordinary"], markersize=2.2, alpha=0.6, markeredgewidth=0)
     if not np.isnan(relation.slope) and len(x):
         ends = np.array([x.min(), x.max()])
         axes.plot(ends, relation.slope * ends, color="black", linewidth=0.9, gid="slope")
     rho = relation.adjusted
     interval = "" if np.isnan(rho.low) else f"\n95 % interval {rho.low:.2f} to {rho.high:.2f}"
-    said = "nothing to compare" if np.isnan(rho.rho) else f"correlation {rho.rho:.2f}{interval}"
-    axes.set_title(said, fontsize=SMALL)
+    title = "nothing to compare" if np.isnan(rho.rho) else f"correlation {rho.rho:.2f}{interval}"
+    axes.set_title(title, fontsize=SMALL)
     axes.set(xlabel=f"{_NAMES[strength]},\nbeyond text and layer", ylabel="score, beyond the same")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5))
 
 
-def _draw_causal(axes: Axes, found: PrimaryWeakening) -> None:
+def _draw_causal(axes: Axes, weakening: PrimaryWeakening) -> None:
     axes.set_label("removal")
-    causal = found.causal
+    causal = weakening.causal
     if causal is None:
         return
     layers = np.arange(causal.by_layer.shape[1])
@@ -112,6 +117,6 @@ def _draw_causal(axes: Axes, found: PrimaryWeakening) -> None:
     axes.axhline(0, color=COLORS["primary"], linewidth=0.8)
     known = not np.isnan(causal.low)
     interval = f"\n95 % interval {causal.low:.3f} to {causal.high:.3f}" if known else ""
-    axes.set_title(f"secondary sinks removed: {causal.mean:+.3f}{interval}", fontsize=SMALL)
+    axes.set_title(f"effect of removal: {causal.mean:+.3f}{interval}", fontsize=SMALL)
     axes.set(xlabel="layer", ylabel="change of the score")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

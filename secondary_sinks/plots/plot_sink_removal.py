@@ -1,8 +1,8 @@
-"""Figure of a removal: the primary sink with and without the secondary ones.
+"""Figure of a removal: the primary sink with and without the other sinks.
 
-Above, the primary's sink score by layer: as it is, after the edit, and in the controls (a gray band
-from the lowest to the highest). Shaded layers are those whose attention sees the secondary sinks.
-Below, the change head by head. At the right, the loss of every run.
+Above, the primary's sink score by layer: in the clean text, after the edit, and in the controls (a
+gray band from the lowest to the highest). Shaded layers are those whose attention sees the sinks
+that were to be removed. Below, the change head by head. At the right, the loss of every run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from secondary_sinks.plots.style import (
     new_figure,
     styled,
 )
+from secondary_sinks.result import counted
 
 ALIVE = "#FBE6D8"
-"""Shade of layers whose attention sees secondary sinks."""
+"""Shade of layers whose attention sees the sinks."""
 
 _LEFT, _TOP, _CURVES, _GAP = 0.6, 0.52, 1.5, 0.62  # inches
 _HEAD_ROW = 0.11
@@ -113,15 +114,15 @@ def _draw_losses(axes: Axes, removal: SinkRemoval) -> None:
 
 def _draw_legend(figure: Figure, removal: SinkRemoval) -> None:
     width, height = figure.get_size_inches()
-    done = "sinks added" if removal.reverse else "sinks removed"
+    edited = f"{counted(len(removal.where), 'MLP output')} edited"
     handles: list[Line2D | Patch] = [
         Line2D([], [], color=COLORS["primary"], label="clean"),
-        Line2D([], [], color=COLORS["secondary"], label=f"{len(removal.where)} {done}"),
+        Line2D([], [], color=COLORS["secondary"], label=edited),
     ]
     if removal.control_where:
-        label = f"{len(removal.control_where)} controls, range"
+        label = f"range of {counted(len(removal.control_where), 'control')}"
         handles.append(Patch(color=COLORS["ordinary"], alpha=0.4, label=label))
-    handles.append(Patch(color=ALIVE, label="secondary sinks seen"))
+    handles.append(Patch(color=ALIVE, label="layers that see the sinks"))
     figure.legend(
         handles=handles,
         loc="upper left",

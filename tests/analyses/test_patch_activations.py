@@ -1,8 +1,9 @@
-"""Patching: the host by hand, identities of the normalization, estimates that must be exact."""
+"""Patching: TransformerLens by hand, identities of the normalization, estimates that are exact."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -23,24 +24,40 @@ def pair_of(tokens_of, n=N, at=6):
 
 
 @pytest.fixture(scope="module")
+def maps_of(tokens_of):
+    """Tiny model -> the maps of two texts that differ in one token, made once."""
+    return functools.cache(
+        lambda model: tuple(ss.detect_sinks(model, tokens) for tokens in pair_of(tokens_of))
+    )
+
+
+@pytest.fixture(scope="module")
 def planted():
-    """A planted model, a text, and the text with its first sink's token made ordinary."""
+    """A planted model, the maps of a text and of the text with its first sink's token made
+    ordinary, and the truth about that sink."""
     model = planted_model()
-    host, tokens = model.load(), model.tokens(48)[0]
+    bridge, tokens = model.load(), model.tokens(48)[0]
     sink = model.truth(tokens).sinks[0]
     corrupted = tokens.clone()
     corrupted[sink.position] = 30
-    return host, tokens, corrupted, sink
+    return bridge, ss.detect_sinks(bridge, tokens), ss.detect_sinks(bridge, corrupted), sink
 
 
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
-def test_exact_cells_equal_the_host_by_hand(tiny, family, tokens_of, direction):
-    model, (clean, corrupted) = tiny(family), pair_of(tokens_of)
+def test_exact_cells_equal_transformer_lens_by_hand(tiny, family, maps_of):
+    compare_with_hand(tiny(family), *maps_of(tiny(family)), "denoising")
+
+
+def test_noising_equals_transformer_lens_by_hand(tiny, maps_of):
+    compare_with_hand(tiny("gemma3"), *maps_of(tiny("gemma3")), "noising")
+
+
+def compare_with_hand(model, clean, corrupted, direction):
+    """Every cell against a run with plain hooks."""
     result = ss.patch_activations(
         model,
         clean,
         corrupted,
-        position=5,
+        sink=5,
         layers=[0, 2],
         token_positions=[4, 6, 11],
         metric_layers=[1, 2],
@@ -61,13 +78,13 @@ def test_exact_cells_equal_the_host_by_hand(tiny, family, tokens_of, direction):
             return value
 
         hook_name = f"blocks.{layer}.hook_{name}"
-        model.run_with_hooks(source[None], fwd_hooks=[(hook_name, keep)])
+        model.run_with_hooks(source.tokens[None], fwd_hooks=[(hook_name, keep)])
         readers = [
             (f"blocks.{x}.attn.hook_pattern", lambda v, hook, x=x: patterns.update({x: v[0]}))
             for x in (1, 2)
         ]
         with torch.no_grad():
-            model.run_with_hooks(base[None], fwd_hooks=[(hook_name, patch), *readers])
+            model.run_with_hooks(base.tokens[None], fwd_hooks=[(hook_name, patch), *readers])
         return torch.stack([patterns[x][:, 6:, 5].mean() for x in (1, 2)]).mean().item()
 
     for i, name in enumerate(("resid_pre", "attn_out", "mlp_out")):
@@ -77,34 +94,34 @@ def test_exact_cells_equal_the_host_by_hand(tiny, family, tokens_of, direction):
                 assert result.value[i, j, k].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_everything_is_one_and_nothing_is_zero(tiny, family, tokens_of):
+def test_everything_is_one_and_nothing_is_zero(tiny, family, maps_of):
     """Texts that differ in one token: its first residual is all the difference there is."""
-    model, (clean, corrupted) = tiny(family), pair_of(tokens_of)
+    model, (clean, corrupted) = tiny(family), maps_of(tiny(family))
     for direction in ("denoising", "noising"):
         result = ss.patch_activations(
             model,
             clean,
             corrupted,
-            ["resid_pre"],
+            sites=["resid_pre"],
             layers=[0],
-            position=6,
+            sink=6,
             direction=direction,
             progress=False,
         )
         assert result.normalized[0, 0, 6].item() == pytest.approx(1, abs=1e-3)
         others = [p for p in range(N) if p != 6]
         assert result.normalized[0, 0, others].abs().max() < 1e-3
-    same = ss.patch_activations(model, clean, clean, layers=[1], position=6, progress=False)
+    same = ss.patch_activations(model, clean, clean, layers=[1], sink=6, progress=False)
     assert same.base == same.source
     assert (same.effect == 0).all()
     assert same.normalized.isnan().all()
 
 
 def test_the_planted_writer_is_what_restores_the_sink(planted):
-    host, clean, corrupted, sink = planted
+    bridge, clean, corrupted, sink = planted
     at = [sink.position - 1, sink.position, sink.position + 1]
     found = ss.patch_activations(
-        host, clean, corrupted, position=sink.position, token_positions=at, progress=False
+        bridge, clean, corrupted, sink=sink.position, token_positions=at, progress=False
     )
     assert found.metric_layers == tuple(range(sink.onset + 1, sink.onset + sink.lifetime + 1))
     assert found.source > 5 * found.base
@@ -119,11 +136,11 @@ def test_the_planted_writer_is_what_restores_the_sink(planted):
     )
     assert found.normalized[:, :, [0, 2]].abs().max() < 0.02
     noised = ss.patch_activations(
-        host,
+        bridge,
         clean,
         corrupted,
-        ["mlp_out"],
-        position=sink.position,
+        sites=["mlp_out"],
+        sink=sink.position,
         token_positions=[sink.position],
         direction="noising",
         progress=False,
@@ -132,23 +149,39 @@ def test_the_planted_writer_is_what_restores_the_sink(planted):
     assert needed == {sink.writer, *sink.feeders}
 
 
-@pytest.mark.parametrize("metric", ["norm", "alignment"])
-def test_other_metrics(planted, metric):
-    host, clean, corrupted, sink = planted
+def test_a_token_that_is_not_a_sink(planted):
+    """It is measured over the layers of the map's sinks, and the sink does not change it."""
+    bridge, clean, corrupted, sink = planted
     found = ss.patch_activations(
-        host,
+        bridge,
         clean,
         corrupted,
-        ["mlp_out"],
+        30,
+        sites=["mlp_out"],
+        token_positions=[sink.position, 30],
+        progress=False,
+    )
+    assert found.metric_layers == tuple(range(sink.onset + 1, sink.onset + sink.lifetime + 1))
+    assert found.position == (30, 30)
+    assert found.effect[..., 0].abs().max() < 0.005
+
+
+@pytest.mark.parametrize("metric", ["norm", "alignment"])
+def test_other_metrics(planted, metric):
+    bridge, clean, corrupted, sink = planted
+    found = ss.patch_activations(
+        bridge,
+        clean,
+        corrupted,
+        sites=["mlp_out"],
         metric=metric,
-        position=sink.position,
+        sink=sink.position,
         token_positions=[sink.position],
         progress=False,
     )
     assert found.metric_layers == tuple(range(sink.onset, sink.onset + sink.lifetime))
     assert found.normalized[0, sink.writer, 0].item() == pytest.approx(1, abs=0.03)
-    sinks = ss.detect_sinks(host, clean)
-    expected = getattr(sinks, metric)[list(found.metric_layers), sink.position].mean()
+    expected = getattr(clean, metric)[list(found.metric_layers), sink.position].mean()
     assert found.source == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -157,9 +190,9 @@ def residual_sum(state):
     return state.norm[2].square().sum()
 
 
-def test_estimates_are_exact_where_the_metric_is_linear(tiny, tokens_of):
+def test_estimates_are_exact_where_the_metric_is_linear(tiny, maps_of):
     """A metric that is linear in what the last block writes: nothing is missed there."""
-    model, (clean, corrupted) = tiny("llama"), pair_of(tokens_of)
+    model, (clean, corrupted) = tiny("llama"), maps_of(tiny("llama"))
     scale = torch.linspace(-1, 1, N)
 
     def weighted(state):
@@ -170,12 +203,12 @@ def test_estimates_are_exact_where_the_metric_is_linear(tiny, tokens_of):
         model,
         clean,
         corrupted,
-        ["mlp_out", "attn_out", "resid_post"],
+        sites=["mlp_out", "attn_out", "resid_post"],
         metric=weighted,
         layers=[2],
         scan="attribution",
         n_checked=1000,
-        position=6,
+        sink=6,
         progress=False,
     )
     linear = found.checked[:, 0] != 1  # the attention's output goes through the MLP as well
@@ -189,20 +222,20 @@ def test_estimates_are_exact_where_the_metric_is_linear(tiny, tokens_of):
 
 def test_a_small_step_is_estimated_well(make_tiny, tokens_of):
     """The closer the two runs, the better the first order: the error falls with the distance."""
-    model, clean = make_tiny("llama"), tokens_of(N)
+    model, tokens = make_tiny("llama"), tokens_of(N)
+    other = tokens.clone()
+    other[6] = 63
     errors = []
     for size in (0.3, 0.03, 0.003):
-        other = clean.clone()
-        other[6] = 63
         weight = model.embed.W_E
         with torch.no_grad():
             step = torch.randn(32, generator=torch.Generator().manual_seed(0))
-            weight[63] = weight[int(clean[6])] + size * step
+            weight[63] = weight[int(tokens[6])] + size * step
         found = ss.patch_activations(
             model,
-            clean,
-            other,
-            position=6,
+            ss.detect_sinks(model, tokens),
+            ss.detect_sinks(model, other),
+            sink=6,
             metric_layers=[1, 2],
             scan="attribution",
             progress=False,
@@ -214,8 +247,8 @@ def test_a_small_step_is_estimated_well(make_tiny, tokens_of):
     assert errors[2] < 0.05
 
 
-def test_estimates_agree_with_finite_differences(tiny, family, tokens_of):
-    model, (clean, corrupted) = tiny(family), pair_of(tokens_of)
+def test_estimates_agree_with_finite_differences(tiny, family, maps_of):
+    model, (clean, corrupted) = tiny(family), maps_of(tiny(family))
     found = ss.patch_activations(
         model,
         clean,
@@ -223,7 +256,7 @@ def test_estimates_agree_with_finite_differences(tiny, family, tokens_of):
         metric=residual_sum,
         scan="attribution",
         n_checked=4,
-        position=6,
+        sink=6,
         layers=[2],
         progress=False,
     )
@@ -234,17 +267,17 @@ def test_estimates_agree_with_finite_differences(tiny, family, tokens_of):
     def keep(name):
         return lambda v, hook: value.__setitem__(name, v[0].detach().clone())
 
-    for name, tokens in (("clean", clean), ("corrupted", corrupted)):
-        model.run_with_hooks(tokens[None], fwd_hooks=[("blocks.2.hook_mlp_out", keep(name))])
+    for name, text in (("clean", clean), ("corrupted", corrupted)):
+        model.run_with_hooks(text.tokens[None], fwd_hooks=[("blocks.2.hook_mlp_out", keep(name))])
     step = (value["clean"] - value["corrupted"]).square().sum(dim=-1)
     exact = ss.patch_activations(
         model,
         clean,
         corrupted,
-        ["mlp_out"],
+        sites=["mlp_out"],
         metric=residual_sum,
         layers=[2],
-        position=6,
+        sink=6,
         progress=False,
     )
     missed = exact.value[0, 0] - found.value[2, 0]
@@ -252,20 +285,21 @@ def test_estimates_agree_with_finite_differences(tiny, family, tokens_of):
     torch.testing.assert_close(missed, step, rtol=1e-2, atol=2e-5 * scale)
 
 
-def test_unequal_lengths_need_a_pairing(planted, tiny, tokens_of):
-    host, clean, _, sink = planted
-    shorter = torch.cat([clean[:3], clean[5:]])
+def test_unequal_lengths_need_a_pairing(planted):
+    bridge, clean, _, sink = planted
+    tokens = torch.cat([clean.tokens[:3], clean.tokens[5:]])
+    tokens[sink.position - 2] = 30
+    shorter = ss.detect_sinks(bridge, tokens)
     with pytest.raises(ss.InputError, match=r"48 tokens, the corrupted one 46.*positions="):
-        ss.patch_activations(host, clean, shorter)
+        ss.patch_activations(bridge, clean, shorter)
     pairs = [(p, p) for p in range(3)] + [(p, p - 2) for p in range(5, 48)]
-    shorter[sink.position - 2] = 30
     found = ss.patch_activations(
-        host,
+        bridge,
         clean,
         shorter,
-        ["mlp_out"],
+        sites=["mlp_out"],
         positions=pairs,
-        position=sink.position,
+        sink=sink.position,
         token_positions=[sink.position, 7],
         progress=False,
     )
@@ -281,7 +315,7 @@ def test_unequal_lengths_need_a_pairing(planted, tiny, tokens_of):
         ({"sites": ["pattern"]}, "sites="),
         ({"sites": ["resid_mid"]}, "sites="),
         ({"sites": []}, "sites="),
-        ({"metric": "loss"}, "no metric 'loss'"),
+        ({"metric": "loss"}, "metric='loss'"),
         ({"direction": "both"}, "direction='both'"),
         ({"scan": "fast"}, "scan='fast'"),
         ({"n_checked": -1}, "n_checked"),
@@ -293,26 +327,29 @@ def test_unequal_lengths_need_a_pairing(planted, tiny, tokens_of):
         ({"positions": [(0, N)]}, f"corrupted position {N}"),
         ({"positions": [(-1, 0)]}, "clean position -1"),
         ({"positions": [(0, 0), (1, 0)]}, "corrupted position twice"),
-        ({"positions": [(1, 1)], "position": 6}, "not paired"),
-        ({"position": N - 1}, "no later token"),
+        ({"positions": [(1, 1)], "sink": 6}, "not paired"),
+        ({"sink": N - 1}, "no later token"),
         ({"metric_layers": [7]}, "metric_layers"),
-        ({"metric": lambda state: state.norm}, "one number is meant"),
+        ({"metric": lambda state: state.norm}, "must return one number"),
     ],
 )
-def test_bad_input(tiny, tokens_of, arguments, message):
-    clean, corrupted = pair_of(tokens_of)
+def test_bad_input(tiny, maps_of, arguments, message):
+    model = tiny("llama")
     with pytest.raises(ss.InputError, match=message):
-        ss.patch_activations(tiny("llama"), clean, corrupted, **arguments)
+        ss.patch_activations(model, *maps_of(model), **arguments)
 
 
-def test_bad_maps_and_metrics(planted, tiny, tokens_of):
-    host, clean, corrupted, _ = planted
-    other = ss.detect_sinks(tiny("llama"), tokens_of(48))
-    with pytest.raises(ss.InputError, match="sink map is of"):
-        ss.patch_activations(host, clean, other)
+def test_bad_maps_and_metrics(planted, tiny, maps_of):
+    bridge, clean, corrupted, _ = planted
+    with pytest.raises(ss.InputError, match="sink map was measured in"):
+        ss.patch_activations(bridge, clean, maps_of(tiny("llama"))[1])
+    with pytest.raises(ss.InputError, match="not a sink of this map"):
+        ss.patch_activations(
+            bridge, clean, corrupted, dataclasses.replace(clean.secondary[0], layers=(2,))
+        )
     with pytest.raises(ss.ModelError, match="no gradient"):
         ss.patch_activations(
-            host, clean, corrupted, scan="attribution", metric=lambda state: torch.tensor(1.0)
+            bridge, clean, corrupted, scan="attribution", metric=lambda state: torch.tensor(1.0)
         )
 
     def broken(state):
@@ -320,17 +357,15 @@ def test_bad_maps_and_metrics(planted, tiny, tokens_of):
 
     for scan in ("exact", "attribution"):
         with pytest.raises(RuntimeError, match="broken metric"):
-            ss.patch_activations(host, clean, corrupted, metric=broken, scan=scan)
-    assert not any(point.fwd_hooks for point in host.hook_dict.values())
-    assert all(parameter.grad is None for parameter in host.parameters())
+            ss.patch_activations(bridge, clean, corrupted, metric=broken, scan=scan)
+    assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
+    assert all(parameter.grad is None for parameter in bridge.parameters())
 
 
-def test_save_frame_and_figure(tiny, tokens_of, tmp_path):
-    clean, corrupted = pair_of(tokens_of)
+def test_save_frame_and_figure(tiny, maps_of, tmp_path):
+    model = tiny("qwen2")
     for scan in ("exact", "attribution"):
-        found = ss.patch_activations(
-            tiny("qwen2"), clean, corrupted, position=5, scan=scan, progress=False
-        )
+        found = ss.patch_activations(model, *maps_of(model), 5, scan=scan, progress=False)
         loaded = PatchResult.load(found.save(tmp_path / "patch.safetensors"))
         for entry in dataclasses.fields(PatchResult):
             one, other = getattr(found, entry.name), getattr(loaded, entry.name)

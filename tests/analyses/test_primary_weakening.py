@@ -1,21 +1,30 @@
-"""Planted secondary sinks weaken the primary, by observation and when they are taken out."""
+"""Planted secondary sinks weaken the primary, by observation and when they are removed; depth and
+length alone do not count as weakening."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
 
 import secondary_sinks as ss
+from secondary_sinks.host.model_info import ModelInfo
+from secondary_sinks.host.provenance import Provenance
+from secondary_sinks.plots.plot_primary_weakening import plot_primary_weakening
+from secondary_sinks.sinks.sink import Evidence, Sink
+from secondary_sinks.sinks.sink_map import SinkMap
+
+LIFE = tuple(range(5, 12))
+N_LAYERS, N_TOKENS = 20, 40
 
 
 @functools.cache
 def texts():
     """Texts of one length with 0 to 5 of two planted sinks."""
-    planted = ss.planted_model()
-    host = planted.load()
+    bridge = ss.planted_model().load()
     generator = torch.Generator().manual_seed(1)
     listed = []
     for count in (0, 1, 2, 3, 4, 5, 0, 2, 4):
@@ -24,13 +33,19 @@ def texts():
         places = torch.randperm(34, generator=generator)[:count] + 4
         ids[places] = torch.tensor([9, 17])[torch.arange(count) % 2]
         listed.append(ids)
-    return host, ss.detect_sinks(host, listed, progress=False)
+    return bridge, ss.detect_sinks(bridge, listed, progress=False)
+
+
+@functools.cache
+def removal_of(text):
+    """The removal of the secondary sinks of one text."""
+    bridge, maps = texts()
+    return ss.remove_sinks(bridge, maps[text], n_controls=2)
 
 
 def test_planted_sinks_weaken_the_primary():
-    host, maps = texts()
-    removals = [ss.remove_sinks(host, maps[index], n_controls=2) for index in (2, 5)]
-    found = ss.primary_weakening(maps, removals=removals)
+    _, maps = texts()
+    found = ss.primary_weakening(maps, removals=[removal_of(2), removal_of(5)])
     assert [len(one.secondary) for one in maps] == [0, 1, 2, 3, 4, 5, 0, 2, 4]
     assert found.relation().adjusted.high < -0.5
     assert found.relation().within_layers.high < 0
@@ -44,9 +59,105 @@ def test_planted_sinks_weaken_the_primary():
 
 
 def test_a_removal_must_be_of_one_of_the_texts():
-    host, maps = texts()
-    removal = ss.remove_sinks(host, maps[2], n_controls=1)
+    _, maps = texts()
+    removal = removal_of(2)
     with pytest.raises(ss.InputError, match="another text"):
         ss.primary_weakening(maps[3], removals=removal)
-    with pytest.raises(ss.InputError, match="reverse"):
-        ss.primary_weakening(maps, removals=[dataclasses.replace(removal, donors=(3,))])
+    reverse = dataclasses.replace(removal, donors=tuple(p for p, _ in removal.where))
+    with pytest.raises(ss.InputError, match="adds sinks"):
+        ss.primary_weakening(maps, removals=[reverse])
+
+
+def test_tokens_that_are_not_sinks_are_not_evidence():
+    bridge, maps = texts()
+    removal = ss.remove_sinks(bridge, maps[2], sinks=[40], n_controls=0)
+    with pytest.raises(ss.InputError, match="edits tokens that are not secondary sinks"):
+        ss.primary_weakening(maps, removals=removal)
+
+
+def invented(text, count, *, effect):
+    """A text with `count` secondary sinks in layers 5 to 11, all seen in layers 6 to 12.
+
+    The primary draws less there in every text; with `effect`, less by that for each sink.
+    """
+    generator = torch.Generator().manual_seed(text)
+    primary = 0.5 + 0.02 * torch.randn(N_LAYERS, generator=generator)
+    primary += 0.1 * torch.randn(1, generator=generator)  # differs between texts
+    primary[6:13] -= 0.2 + effect * count
+    score = torch.full((N_LAYERS, 2, N_TOKENS), 0.01)
+    score[:, :, 0] = primary[:, None]
+    ones = (1.0,) * len(LIFE)
+    evidence = Evidence(ones, ones, ones, (9.0,) * len(LIFE), ones, (0.01,) * len(LIFE), 9.0, 20)
+    sinks = [Sink(0, "x", 1, "primary", tuple(range(1, 19)))]
+    sinks += [Sink(3 + n, "y", 2, "secondary", LIFE, evidence) for n in range(count)]
+    return SinkMap(
+        tokens=torch.randint(9, (N_TOKENS,), generator=generator),
+        token_strings=("x",) * N_TOKENS,
+        n_tokens=N_TOKENS,
+        provenance=Provenance(ModelInfo("invented", n_layers=N_LAYERS)),
+        criterion="evidence",
+        primary_position=0,
+        phases=((1, 19),),
+        sinks=tuple(sinks),
+        norm=torch.ones(N_LAYERS, N_TOKENS),
+        mean_attention=score,
+    )
+
+
+def related(effect):
+    maps = [invented(text, text % 7, effect=effect) for text in range(21)]
+    return ss.primary_weakening(maps)
+
+
+def test_a_change_with_depth_in_all_texts_is_not_weakening():
+    found = related(effect=0.0).relation()
+    assert found.pooled.rho < -0.5, "the pooled correlation is confounded"
+    assert found.adjusted.low < 0 < found.adjusted.high
+    assert found.slope_low < 0 < found.slope_high
+
+
+def test_a_weakening_is_found_with_its_size():
+    found = related(effect=0.03)
+    for strength in ("number", "norm", "score"):
+        assert found.relation(strength).adjusted.high < -0.5
+        assert found.relation(strength).within_layers.high < 0
+    assert found.relation().slope == pytest.approx(-0.03, abs=0.005)
+    assert found.relation().slope_low < -0.03 < found.relation().slope_high
+    assert found.relation("norm").slope == pytest.approx(-0.03 / 9, abs=0.001)
+
+
+def test_the_attention_of_the_next_layer_shows_a_sink():
+    found = ss.primary_weakening(invented(0, 3, effect=0.1))
+    assert found.number[0].nonzero().flatten().tolist() == list(range(6, 13))
+    assert found.norm[0, 6:13].tolist() == [27.0] * 7
+    assert found.counted[0].nonzero().flatten().tolist() == list(range(2, 20))
+    assert found.primary[0, 7] == pytest.approx(invented(0, 3, effect=0.1).sink_score[7, 0, 0])
+
+
+def test_texts_that_do_not_differ_give_nan():
+    found = ss.primary_weakening([invented(text, 3, effect=0.1) for text in range(4)])
+    assert math.isnan(found.relation().adjusted.rho)
+    assert math.isnan(found.relation().slope)
+    assert any("same number" in note for note in found.notes)
+    alone = ss.primary_weakening(invented(0, 3, effect=0.1))
+    assert math.isnan(alone.relation().adjusted.rho)
+    assert any("one text" in note for note in alone.notes)
+    plot_primary_weakening(alone)
+
+
+def test_table_figure_and_file(tmp_path):
+    found = related(effect=0.03)
+    frame = found.to_frame()
+    assert len(frame) == 21 * N_LAYERS
+    assert found.summary().strength.tolist() == ["number", "norm", "score"]
+    figure = found.plot()
+    assert [axes.get_label() for axes in figure.axes][::2] == ["layers", "remainders"]
+    line = next(line for line in figure.axes[2].lines if line.get_gid() == "slope")
+    (x0, x1), (y0, y1) = line.get_data()
+    assert (y1 - y0) / (x1 - x0) == pytest.approx(found.relation().slope)
+    back = ss.PrimaryWeakening.load(found.save(tmp_path / "found.safetensors"))
+    assert back.relations == found.relations
+    assert back.provenance.seed == 0
+    assert back.to_frame().equals(frame)
+    with pytest.raises(ss.InputError, match="strength="):
+        found.plot(strength="size")
