@@ -76,23 +76,31 @@ class Result:
             ) from error
         return loaded
 
-    def plot(self, **options: Any) -> Figure:
+    def plot(self, *, figure: str | None = None, **options: Any) -> Figure:
         """Draw the result.
 
         The figure of a `NormLaw` is `plot_norm_law` in `secondary_sinks.plots.plot_norm_law`, and
         so on; its docstring says what can be seen and lists the options. A result finds its figure
         by this name, so that figures import results and not the other way round.
 
+        Args:
+            figure: another figure of the same module: "neuron_inputs" is `plot_neuron_inputs`.
+            options: of that function.
+
         Raises:
-            InputError: results of this kind have no figure.
+            InputError: results of this kind have no figure, or not that one.
         """
-        name = "plot_" + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
-        if find_spec(f"secondary_sinks.plots.{name}") is None:
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        if find_spec(f"secondary_sinks.plots.plot_{name}") is None:
             raise InputError(f"{type(self).__name__} has no figure; see to_frame()")
-        figure: Figure = getattr(import_module(f"secondary_sinks.plots.{name}"), name)(
-            self, **options
-        )
-        return figure
+        module = import_module(f"secondary_sinks.plots.plot_{name}")
+        draw = getattr(module, f"plot_{figure or name}", None)
+        if draw is None:
+            raise InputError(
+                f"{type(self).__name__} has no figure {figure!r}; see {module.__name__}"
+            )
+        drawn: Figure = draw(self, **options)
+        return drawn
 
     def _repr_html_(self) -> str:
         import html

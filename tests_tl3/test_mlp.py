@@ -46,49 +46,49 @@ def hooked(kind):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         if "gated_mlp" in KINDS[kind]:
             for block in model.blocks:
-                block.mlp.b_in.zero_()  # this host adds it to the product
+                block.mlp.b_in.zero_()  # TransformerLens 3 adds it to the product
     return model
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_run_alone_it_gives_what_it_gave_in_the_model(kind):
-    model, found = hooked(kind), {}
+    model, recorded = hooked(kind), {}
     names = ("resid_pre", "mlp_in", "mlp_raw", "mlp_pre", "mlp_post", "mlp_out")
     assert not missing_sites(model, [Site(name, 1) for name in names])
     keep = [
-        (Site(name, 1), lambda value, name=name: found.__setitem__(name, value[0].clone()))
+        (Site(name, 1), lambda value, name=name: recorded.__setitem__(name, value[0].clone()))
         for name in names
     ]
     forward(model, TOKENS[None], keep)
-    mlp, stages = mlp_of(model, 1), run_mlp(model, 1, found["mlp_in"])
+    mlp, stages = mlp_of(model, 1), run_mlp(model, 1, recorded["mlp_in"])
     first = "gate" if mlp.kind == "gated" else "pre"
     expected = {first: "mlp_pre", mlp.hidden: "mlp_post", "output": "mlp_raw", "written": "mlp_out"}
     for stage, site in expected.items():
-        torch.testing.assert_close(stages[stage], found[site], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stages[stage], recorded[site], rtol=1e-4, atol=1e-5)
     assert mlp.has_norm_after == (kind == "norm after")
     assert (mlp.reads == "resid_pre") == (kind == "parallel")
 
 
 def test_an_edit_of_the_input_is_seen_by_the_mlp():
-    model, found = hooked("gated"), {}
+    model, recorded = hooked("gated"), {}
     edits = [
         (Site("mlp_in", 1), lambda value: torch.zeros_like(value)),
-        (Site("mlp_out", 1), lambda value: found.__setitem__("out", value)),
+        (Site("mlp_out", 1), lambda value: recorded.__setitem__("out", value)),
     ]
     forward(model, TOKENS[None], edits)
     bias = model.blocks[1].mlp.b_out.detach()
-    torch.testing.assert_close(found["out"][0], bias.expand(20, -1))
+    torch.testing.assert_close(recorded["out"][0], bias.expand(20, -1))
 
 
 def test_planted_neurons():
-    planted = planted_model()
-    found = {
-        kind: ss.neuron_contributions(planted.load(kind), planted.tokens(64), n_controls=2)
-        for kind in ("bridge", "hooked")
-    }
-    for one in found.values():
-        assert [sink.neurons for sink in one.sinks] == [(16, 17), (18, 19)]
-        assert (one.to_frame()["ablate_top.lifetime"] == 0).all()
+    planted, results = planted_model(), {}
+    for kind in ("bridge", "hooked"):
+        model = planted.load(kind)
+        sink_map = ss.detect_sinks(model, planted.tokens(64))
+        results[kind] = ss.neuron_contributions(model, sink_map, n_controls=2)
+    for result in results.values():
+        assert [sink.neurons for sink in result.sinks] == [(16, 17), (18, 19)]
+        assert (result.to_frame()["ablate_top.lifetime"] == 0).all()
     torch.testing.assert_close(
-        found["bridge"].contribution, found["hooked"].contribution, rtol=1e-3, atol=1e-2
+        results["bridge"].contribution, results["hooked"].contribution, rtol=1e-3, atol=1e-2
     )

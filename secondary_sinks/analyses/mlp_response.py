@@ -1,7 +1,7 @@
 """What does the writer's MLP write for inputs along the principal components of its inputs?
 
-If sinks are made by one direction of the MLP's input, the output along that component must turn
-into a large vector along the sink direction, and along the others it must not.
+If one direction of the MLP's input makes sinks, the output along that component must turn into a
+large vector along the sink direction, and the output along the others must not.
 """
 
 from __future__ import annotations
@@ -10,339 +10,191 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from secondary_sinks.analyses.mlp_records import record_mlps
+from secondary_sinks.analyses.mlp_records import counted_kinds, record_mlps
 from secondary_sinks.analyses.target import Target
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.mlp import run_mlp
-from secondary_sinks.host.model_info import describe
-from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.text_input import Text
-from secondary_sinks.intervene.clean_run import CleanRun
+from secondary_sinks.host.protocol import Model, UserHook
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.result import Result
-from secondary_sinks.sinks.detect_sinks import detect_sinks
-from secondary_sinks.sinks.direct_writes import direct_writes
-from secondary_sinks.sinks.selection import sink_map_of
-from secondary_sinks.sinks.sink import Sink
-from secondary_sinks.sinks.sink_map import SinkMap
-from secondary_sinks.sinks.writers import candidates
+from secondary_sinks.sinks.direct_writes import sink_directions
+from secondary_sinks.sinks.selection import check_maps
+from secondary_sinks.sinks.sink import Kind, Sink
+from secondary_sinks.sinks.sink_map import SinkChoice, SinkMap
+from secondary_sinks.sinks.writers import WriterRule, resolve_writers
 
 if TYPE_CHECKING:
     import pandas as pd
 
 N_ALPHAS = 41
-
-"""Default number of inputs along each component; an odd one has 0 among them."""
+"""Default number of inputs along each component; an odd number includes 0."""
 
 
 def mlp_response(
-    model: Any,
-    text: Text | SinkMap | Sequence[SinkMap],
+    model: Model,
+    sink_maps: SinkMap | Sequence[SinkMap],
     *,
-    layer: int | None = None,
+    sinks: SinkChoice = "secondary",
+    writer: int | None = None,
     n_components: int = 6,
     alphas: Sequence[float] | None = None,
     n_controls: int = 8,
     seed: int = 0,
-    chat: bool = False,
     fwd_hooks: Sequence[UserHook] = (),
 ) -> MlpResponse:
-    """Feed an MLP multiples of the principal components of its inputs, and see what it writes.
+    """What does the writer's MLP write for multiples of the principal components of its inputs?
 
     The inputs (what the MLP reads, after the norm before it) of all sinks that it wrote and of
     ordinary tokens near them, over all texts, are decomposed by PCA. Each component `u`, of length
     1, goes through the MLP by itself as `alpha * u`, for alphas of both signs, without the mean of
-    the inputs (arXiv 2512.22213). Norm of what is written, and its cosine with the sink direction:
-    the unit vector of `r - c`, with `r` the primary's residual and `c` the common component after
-    this layer. At `alpha = 0` it is what the MLP's biases write alone.
+    the inputs (arXiv 2512.22213). Measured are the norm of what is written, and its cosine with the
+    sink direction: the unit vector of `r - c`, with `r` the primary's residual and `c` the common
+    component after this layer. At `alpha = 0` it is what the MLP's biases alone write.
 
-    What it is not evidence for: that tokens have such inputs. They hold several components at once,
-    and the MLP is not linear; a norm before it fixes the length of what it reads. That a component
-    separates sinks from ordinary tokens does not say that the MLP uses it: look for one that also
+    >>> response = mlp_response(model, [detect_sinks(model, text) for text in texts])
+    >>> response.components_frame()
+    >>> response.plot()
+
+    Not evidence for: that tokens have such inputs. They contain several components at once, and the
+    MLP is not linear; a norm before it fixes the length of what it reads. That a component
+    separates sinks from ordinary tokens does not show that the MLP uses it: look for one that also
     makes it write along the sink direction at the sinks' projection. Components of a few tokens are
     those tokens; pool texts.
 
     Args:
         model: any TransformerLens model.
-        text: one text or several (see `detect_sinks`), a sink map, or several sink maps.
-        layer: of the MLP, and then all secondary sinks whose onset is this layer or later count;
-            None takes the layer that is the candidate writer of most sinks, and those sinks.
+        sink_maps: one or several, from `detect_sinks` in this model.
+        sinks: which tokens; see `SinkMap.select`. With several maps "secondary", "primary" or
+            "all", because a position is another token in each text.
+        writer: layer of the MLP; then all selected sinks whose onset is this layer or a later one
+            count. None takes the layer with the largest write for most sinks
+            (`sinks.writers.resolve_writers`), and those sinks.
         n_components: how many; fewer where there are not as many tokens.
-        alphas: the same multiples for each component. None spans, for each, the largest projection
-            of any of the tokens, with both signs.
-        n_controls: how many ordinary tokens each sink brings with it at most.
+        alphas: the same multiples for each component. None covers, for each component, the largest
+            projection of any of the tokens, with both signs.
+        n_controls: at most how many ordinary tokens each sink contributes.
         seed: of their choice; recorded with the result.
-        chat: strings go through the chat template.
-        fwd_hooks: hooks of your own, in force in every pass over a text.
+        fwd_hooks: the hooks with which the maps were made, in force here as well.
 
     Raises:
-        InputError: no secondary sinks in any text, a layer out of range or that wrote none,
-            unusable alphas, or a sink map of another model or criterion.
-        ModelError: the MLP cannot be run on vectors of its own.
+        InputError: nothing selected, a layer out of range or after all onsets, unusable alphas, or
+            a sink map that does not belong to this model.
+        ModelError: the MLP cannot be run alone.
     """
     if n_components < 1 or n_controls < 1:
         raise InputError(f"n_components is {n_components}, n_controls {n_controls}; 1 at least")
     if alphas is not None and (not len(alphas) or not all(map(math.isfinite, alphas))):
         raise InputError("alphas must be finite numbers, at least one of them")
-    n_layers = describe(model).n_layers
-    if layer is not None and not 0 <= layer < n_layers:
-        raise InputError(f"layer {layer} is out of range: there are {n_layers}, counted from 0")
-    maps = _maps(model, text, chat, fwd_hooks)
-    if not any(one.secondary for one in maps):
-        raise InputError(
-            "no secondary sinks in any of the texts, so no MLP is known to write any: see "
-            "detect_sinks(...).margins() for the tokens that came nearest"
-        )
-    cleans = [
-        CleanRun.of(model, one, fwd_hooks=fwd_hooks) if one.secondary else None for one in maps
-    ]
-    layer, written = _sinks_of(model, maps, cleans, layer, fwd_hooks)
-    texts = []
-    for number, (clean, chosen) in enumerate(zip(cleans, written, strict=True)):
-        if clean is not None and chosen:
-            texts.append(_read(model, number, clean, chosen, layer, n_controls, seed, fwd_hooks))
-    inputs = torch.cat([one.inputs for one in texts])
-    is_sink = torch.cat([one.is_sink for one in texts])
-    if bool(is_sink.all()):
+    maps = check_maps(model, sink_maps, fwd_hooks=fwd_hooks)
+    layer, rule, written = _written_by_one(model, maps, _selected(maps, sinks), writer, fwd_hooks)
+    tokens = _read(model, maps, written, layer, n_controls, seed, fwd_hooks)
+    selected = torch.tensor([kind != "ordinary" for kind in tokens.kinds])
+    if bool(selected.all()):
         raise InputError("there is no ordinary token to compare the sinks with; use a longer text")
     # A mean of n tokens leaves n - 1 directions.
-    n_components = min(n_components, len(inputs) - 1, inputs.shape[1])
-    found = input_components(inputs, is_sink, n_components)
-    grid = _grid(found.projection, alphas)
-    directions = torch.stack([one.direction for one in texts])
-    direction = torch.nn.functional.normalize(directions.mean(dim=0), dim=-1)
-    points = (grid[:, :, None] * found.components[:, None]).flatten(0, 1)
+    n_components = min(n_components, len(tokens.inputs) - 1, tokens.inputs.shape[1])
+    pca = input_components(tokens.inputs, selected, n_components)
+    grid = _grid(pca.projection, alphas)
+    direction = torch.nn.functional.normalize(tokens.directions.mean(dim=0), dim=-1)
+    points = grid[:, :, None] * pca.components[:, None]
+    points = rearrange(points, "component alpha d_model -> (component alpha) d_model")
     points = torch.cat([points, torch.zeros(1, points.shape[1])])
     norm, cosine = norm_and_cosine(run_mlp(model, layer, points)["written"], direction)
-    token_norm, token_cosine = norm_and_cosine(torch.cat([one.written for one in texts]), direction)
+    token_norm, token_cosine = norm_and_cosine(tokens.written, direction)
     return MlpResponse(
-        layer=layer,
+        writer=layer,
+        writer_rule=rule,
         alphas=grid,
         norm=norm[:-1].reshape(grid.shape),
         cosine=cosine[:-1].reshape(grid.shape),
         zero_norm=float(norm[-1]),
         zero_cosine=float(cosine[-1]),
-        components=found.components,
-        variance_ratio=found.variance_ratio,
-        separation=found.separation,
-        projection=found.projection,
-        is_sink=is_sink,
-        text=torch.cat([torch.full((len(one.inputs),), one.number) for one in texts]),
-        position=torch.cat([torch.tensor(one.positions) for one in texts]),
+        kinds=tokens.kinds,
+        text=tokens.text,
+        position=tokens.position,
         token_norm=token_norm,
         token_cosine=token_cosine,
         direction=direction,
-        agreement=float((directions @ direction).min()),
-        seed=seed,
-        model=maps[0].model,
+        agreement=float((tokens.directions @ direction).min()),
+        provenance=maps[0].provenance.extended(seed=seed),
+        **pca._asdict(),
     )
-
-
-@dataclass(frozen=True)
-class _TextInputs:
-    """What the MLP read and wrote at the sinks and at matched tokens of one text."""
-
-    number: int
-    positions: tuple[int, ...]
-    inputs: Float[Tensor, "token d_model"]
-    written: Float[Tensor, "token d_model"]
-    is_sink: Tensor
-    direction: Float[Tensor, "d_model"]
-
-
-def _maps(
-    model: Any,
-    text: Text | SinkMap | Sequence[SinkMap],
-    chat: bool,
-    fwd_hooks: Sequence[UserHook],
-) -> list[SinkMap]:
-    if isinstance(text, SinkMap):
-        return [sink_map_of(model, text)]
-    if isinstance(text, Sequence) and text and all(isinstance(one, SinkMap) for one in text):
-        return [sink_map_of(model, one) for one in text if isinstance(one, SinkMap)]
-    found: Any = detect_sinks(model, text, chat=chat, fwd_hooks=fwd_hooks)  # type: ignore[arg-type]
-    return [found] if isinstance(found, SinkMap) else list(found)
-
-
-def _sinks_of(
-    model: Any,
-    maps: Sequence[SinkMap],
-    cleans: Sequence[CleanRun | None],
-    layer: int | None,
-    fwd_hooks: Sequence[UserHook],
-) -> tuple[int, list[list[Sink]]]:
-    """The layer, and the sinks of each text that it can have written."""
-    if layer is not None:
-        since = [[s for s in one.secondary if s.l_start >= layer] for one in maps]
-        if not any(since):
-            onsets = sorted({s.l_start for one in maps for s in one.secondary})
-            raise InputError(
-                f"every secondary sink is there before layer {layer}: their onsets are {onsets}"
-            )
-        return layer, since
-    writers: list[list[int]] = []
-    for one, clean in zip(maps, cleans, strict=True):
-        chosen = one.secondary
-        if clean is None or not chosen:
-            writers.append([])
-            continue
-        writes = direct_writes(model, one, chosen, clean=clean, fwd_hooks=fwd_hooks)
-        writers.append(candidates(writes, chosen))
-    most = Counter(writer for own in writers for writer in own).most_common(1)[0][0]
-    return most, [
-        [s for s, writer in zip(one.secondary, own, strict=True) if writer == most]
-        for one, own in zip(maps, writers, strict=True)
-    ]
-
-
-def _read(
-    model: Any,
-    number: int,
-    clean: CleanRun,
-    chosen: Sequence[Sink],
-    layer: int,
-    n_controls: int,
-    seed: int,
-    fwd_hooks: Sequence[UserHook],
-) -> _TextInputs:
-    targets = [Target.of(clean.sink_map, s, n_controls=n_controls, seed=seed) for s in chosen]
-    sinks = sorted({target.sink.position for target in targets})
-    matched = sorted({position for target in targets for position in target.matched})
-    record = record_mlps(model, clean.sink_map, {layer: [*sinks, *matched]}, fwd_hooks=fwd_hooks)[
-        layer
-    ]
-    centered = clean.primary[layer] - clean.common[layer]
-    return _TextInputs(
-        number=number,
-        positions=record.positions,
-        inputs=record.stages["input"],
-        written=record.stages["written"],
-        is_sink=torch.tensor([position in sinks for position in record.positions]),
-        direction=torch.nn.functional.normalize(centered, dim=-1),
-    )
-
-
-def _grid(
-    projection: Float[Tensor, "token component"], alphas: Sequence[float] | None
-) -> Float[Tensor, "component alpha"]:
-    n = projection.shape[1]
-    if alphas is not None:
-        return torch.tensor([float(alpha) for alpha in alphas]).expand(n, -1).clone()
-    span = projection.abs().amax(dim=0)
-    half = N_ALPHAS // 2
-    return span[:, None] * torch.arange(-half, half + 1) / half  # exactly 0 in the middle
-
-
-@dataclass(frozen=True)
-class InputComponents:
-    """Principal components of the inputs of some tokens."""
-
-    components: Float[Tensor, "component d_model"]
-    """Unit vectors, turned so that sinks lie on the positive side of ordinary tokens."""
-    mean: Float[Tensor, "d_model"]
-    variance_ratio: Float[Tensor, "component"]
-    """Share of the inputs' variance along each."""
-    projection: Float[Tensor, "token component"]
-    """Of the inputs themselves, not of their deviations from the mean."""
-    separation: Float[Tensor, "component"]
-    """Area under the ROC curve: how often a sink's projection is above an ordinary token's. 0.5 is
-    chance, 1 a clean cut."""
-
-
-def input_components(
-    inputs: Float[Tensor, "token d_model"], is_sink: Bool[Tensor, "token"], n_components: int
-) -> InputComponents:
-    """PCA of the inputs of sinks and ordinary tokens together (scikit-learn)."""
-    from sklearn.decomposition import PCA
-    from sklearn.metrics import roc_auc_score
-
-    pca = PCA(n_components, svd_solver="full").fit(inputs.double().numpy())
-    components = torch.from_numpy(pca.components_)
-    projection = inputs.double() @ components.T
-    gap = projection[is_sink].mean(dim=0) - projection[~is_sink].mean(dim=0)
-    sign = torch.where(gap < 0, -1.0, 1.0).double()
-    components, projection = components * sign[:, None], projection * sign
-    areas = [roc_auc_score(is_sink.numpy(), column.numpy()) for column in projection.T]
-    return InputComponents(
-        components=components.float(),
-        mean=torch.from_numpy(pca.mean_).float(),
-        variance_ratio=torch.from_numpy(pca.explained_variance_ratio_).float(),
-        projection=projection.float(),
-        separation=torch.tensor(areas),
-    )
-
-
-def norm_and_cosine(
-    vectors: Float[Tensor, "*point d_model"], direction: Float[Tensor, "d_model"]
-) -> tuple[Float[Tensor, "*point"], Float[Tensor, "*point"]]:
-    """Norm of each vector and its cosine with a direction; NaN for vectors of no length."""
-    norm = vectors.norm(dim=-1)
-    along = vectors @ torch.nn.functional.normalize(direction, dim=-1)
-    return norm, torch.where(norm > 0, along / norm, torch.nan).clamp(-1, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class MlpResponse(Result):
     """Output of one MLP along the components of its inputs; see `mlp_response`."""
 
-    layer: int
-    alphas: Float[Tensor, "component alpha"]
+    writer: int
+    """Layer of the MLP."""
+    writer_rule: WriterRule
+    alphas: Float[Tensor, " component alpha"]
     """The inputs were `alphas[i, j] * components[i]`."""
-    norm: Float[Tensor, "component alpha"]
+    norm: Float[Tensor, " component alpha"]
     """Norm of what the MLP writes for that input."""
-    cosine: Float[Tensor, "component alpha"]
-    """Its cosine with the sink direction after this layer; NaN where it writes nothing."""
+    cosine: Float[Tensor, " component alpha"]
+    """Its cosine with the sink direction after this layer; NaN where it writes zeros."""
     zero_norm: float
     """Norm of what the MLP writes for an input of zeros: 0 unless it has biases."""
     zero_cosine: float
-    """Cosine of that; NaN where it is nothing."""
-    components: Float[Tensor, "component d_model"]
-    variance_ratio: Float[Tensor, "component"]
+    """Cosine of that; NaN where it is zero."""
+    components: Float[Tensor, " component d_model"]
+    """Unit vectors; selected tokens lie on the positive side of ordinary ones."""
+    variance_ratio: Float[Tensor, " component"]
     """Share of the inputs' variance along each component."""
-    separation: Float[Tensor, "component"]
-    """How often a sink's projection is above an ordinary token's (area under the ROC curve)."""
-    projection: Float[Tensor, "token component"]
-    """Of the inputs that the components were computed from."""
-    is_sink: Bool[Tensor, "token"]
-    text: Int[Tensor, "token"]
-    """In which of the texts each of these tokens stands."""
-    position: Int[Tensor, "token"]
-    token_norm: Float[Tensor, "token"]
+    separation: Float[Tensor, " component"]
+    """Area under the ROC curve: how often a selected token's projection is above an ordinary
+    token's. 0.5 is chance, 1 a clean cut."""
+    projection: Float[Tensor, " token component"]
+    """Of the inputs that the components were computed from, not of their deviations from the
+    mean."""
+    kinds: tuple[Kind | Literal["ordinary"], ...]
+    """Kind of each of these tokens."""
+    text: Int[Tensor, " token"]
+    """Index of the text that holds each token."""
+    position: Int[Tensor, " token"]
+    token_norm: Float[Tensor, " token"]
     """Norm of what the MLP wrote at each of them in its text."""
-    token_cosine: Float[Tensor, "token"]
+    token_cosine: Float[Tensor, " token"]
     """Cosine of that with the sink direction."""
-    direction: Float[Tensor, "d_model"]
+    direction: Float[Tensor, " d_model"]
     """The sink direction after this layer, mean over the texts."""
     agreement: float
-    """Least cosine of a text's own sink direction with that mean."""
-    seed: int
-    model: dict[str, Any]
+    """Smallest cosine of a text's sink direction with that mean."""
+    provenance: Provenance
 
     def __repr__(self) -> str:
-        n = int(self.is_sink.sum())
         best = int(self.separation.argmax())
         return (
-            f"MlpResponse({self.model.get('name', '?')!r}, MLP {self.layer}, {n} sinks and "
-            f"{len(self.is_sink) - n} ordinary tokens: component {best + 1} separates them best, "
+            f"MlpResponse({self.provenance.model.name!r}, MLP {self.writer}, "
+            f"{counted_kinds(self.kinds)}: component {best + 1} separates them best, "
             f"{self.separation[best]:.2f})"
         )
 
     @property
-    def input_along(self) -> Float[Tensor, "component"]:
-        """Mean projection of the sinks."""
-        return self.projection[self.is_sink].mean(dim=0)
+    def selected(self) -> Bool[Tensor, " token"]:
+        """Which tokens were selected; the others are ordinary tokens near them."""
+        return torch.tensor([kind != "ordinary" for kind in self.kinds])
 
     @property
-    def at_sinks(self) -> tuple[Float[Tensor, "component"], Float[Tensor, "component"]]:
-        """Norm and cosine of each component's output at the alpha nearest to the sinks' mean
-        projection."""
-        near = (self.alphas - self.input_along[:, None]).abs().argmin(dim=1, keepdim=True)
-        return self.norm.gather(1, near)[:, 0], self.cosine.gather(1, near)[:, 0]
+    def selected_projection(self) -> Float[Tensor, " component"]:
+        """Mean projection of the selected tokens."""
+        return self.projection[self.selected].mean(dim=0)
+
+    @property
+    def at_selected(self) -> tuple[Float[Tensor, " component"], Float[Tensor, " component"]]:
+        """Norm and cosine of each component's output at the alpha nearest to the selected tokens'
+        mean projection."""
+        distance = (self.alphas - self.selected_projection[:, None]).abs()
+        nearest = distance.argmin(dim=1, keepdim=True)
+        return self.norm.gather(1, nearest)[:, 0], self.cosine.gather(1, nearest)[:, 0]
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each component and alpha; components are counted from 1."""
@@ -362,16 +214,158 @@ class MlpResponse(Result):
         """One row for each component: what it explains, separates, and makes the MLP write."""
         import pandas as pd
 
-        norm, cosine = self.at_sinks
+        norm, cosine = self.at_selected
         return pd.DataFrame(
             {
                 "component": range(1, len(self.components) + 1),
                 "variance_ratio": self.variance_ratio.tolist(),
                 "separation": self.separation.tolist(),
-                "sinks_projection": self.input_along.tolist(),
-                "ordinary_projection": self.projection[~self.is_sink].mean(dim=0).tolist(),
+                "selected_projection": self.selected_projection.tolist(),
+                "ordinary_projection": self.projection[~self.selected].mean(dim=0).tolist(),
                 "largest_norm": self.norm.amax(dim=1).tolist(),
-                "norm_at_sinks": norm.tolist(),
-                "cosine_at_sinks": cosine.tolist(),
+                "norm_at_selected": norm.tolist(),
+                "cosine_at_selected": cosine.tolist(),
             }
         )
+
+
+def _selected(maps: Sequence[SinkMap], sinks: SinkChoice) -> list[list[Sink]]:
+    """The selected sinks of each text; texts without any are allowed among several."""
+    if len(maps) == 1:
+        return [maps[0].select(sinks)]
+    if not isinstance(sinks, str):
+        raise InputError(
+            f"sinks={sinks!r} with {len(maps)} sink maps; a position is another token in each "
+            "text, so use 'secondary', 'primary' or 'all', or pass one map"
+        )
+    chosen = [[s for s in sink_map.sinks if sinks in ("all", s.kind)] for sink_map in maps]
+    if not any(chosen):
+        maps[0].select(sinks)  # raises, and says what to do
+    return chosen
+
+
+def _written_by_one(
+    model: Model,
+    maps: Sequence[SinkMap],
+    chosen: Sequence[Sequence[Sink]],
+    writer: int | None,
+    fwd_hooks: Sequence[UserHook],
+) -> tuple[int, WriterRule, list[list[Sink]]]:
+    """The layer, how it was chosen, and the sinks of each text that it can have written."""
+    resolved = [
+        resolve_writers(model, sink_map, sinks, writer, fwd_hooks=fwd_hooks) if sinks else None
+        for sink_map, sinks in zip(maps, chosen, strict=True)
+    ]
+    layers = [writers.layers if writers else () for writers in resolved]
+    layer = Counter(layer for of_text in layers for layer in of_text).most_common(1)[0][0]
+    written = [
+        [sink for sink, own in zip(sinks, of_text, strict=True) if own == layer <= sink.l_start]
+        for sinks, of_text in zip(chosen, layers, strict=True)
+    ]
+    if not any(written):
+        onsets = sorted({sink.l_start for sinks in chosen for sink in sinks})
+        raise InputError(
+            f"MLP {layer} comes after the onset of every selected sink (onsets: {onsets}), so it "
+            "wrote none of them"
+        )
+    return layer, "largest_write" if writer is None else "given", written
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What the MLP read and wrote at the selected and ordinary tokens of all texts."""
+
+    kinds: tuple[Kind | Literal["ordinary"], ...]
+    text: Int[Tensor, " token"]
+    position: Int[Tensor, " token"]
+    inputs: Float[Tensor, " token d_model"]
+    written: Float[Tensor, " token d_model"]
+    directions: Float[Tensor, " text d_model"]
+    """The sink direction after the layer, in each text with selected tokens."""
+
+
+def _read(
+    model: Model,
+    maps: Sequence[SinkMap],
+    written: Sequence[Sequence[Sink]],
+    layer: int,
+    n_controls: int,
+    seed: int,
+    fwd_hooks: Sequence[UserHook],
+) -> _Tokens:
+    kinds: list[Kind | Literal["ordinary"]] = []
+    texts: list[int] = []
+    positions: list[int] = []
+    records, directions = [], []
+    for number, (sink_map, sinks) in enumerate(zip(maps, written, strict=True)):
+        if not sinks:
+            continue
+        targets = [Target.of(sink_map, sink, n_controls=n_controls, seed=seed) for sink in sinks]
+        kind_at = {sink.position: sink.kind for sink in sinks}
+        matched = {position for target in targets for position in target.matched}
+        at = {layer: [*sorted(kind_at), *sorted(matched)]}
+        record = record_mlps(model, sink_map, at, fwd_hooks=fwd_hooks)[layer]
+        kinds += [kind_at.get(position, "ordinary") for position in record.positions]
+        texts += [number] * len(record.positions)
+        positions += record.positions
+        records.append(record)
+        directions.append(sink_directions(sink_map, [layer])[0])
+    return _Tokens(
+        kinds=tuple(kinds),
+        text=torch.tensor(texts),
+        position=torch.tensor(positions),
+        inputs=torch.cat([record.stages["input"] for record in records]),
+        written=torch.cat([record.stages["written"] for record in records]),
+        directions=torch.stack(directions),
+    )
+
+
+def _grid(
+    projection: Float[Tensor, " token component"], alphas: Sequence[float] | None
+) -> Float[Tensor, " component alpha"]:
+    n = projection.shape[1]
+    if alphas is not None:
+        return torch.tensor([float(alpha) for alpha in alphas]).expand(n, -1).clone()
+    span = projection.abs().amax(dim=0)
+    half = N_ALPHAS // 2
+    return span[:, None] * torch.arange(-half, half + 1) / half  # exactly 0 in the middle
+
+
+class InputComponents(NamedTuple):
+    """Principal components of the inputs of some tokens; see the same fields of `MlpResponse`."""
+
+    components: Float[Tensor, " component d_model"]
+    variance_ratio: Float[Tensor, " component"]
+    separation: Float[Tensor, " component"]
+    projection: Float[Tensor, " token component"]
+
+
+def input_components(
+    inputs: Float[Tensor, " token d_model"], selected: Bool[Tensor, " token"], n_components: int
+) -> InputComponents:
+    """PCA of the inputs of selected and ordinary tokens together (scikit-learn)."""
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import roc_auc_score
+
+    pca: Any = PCA(n_components, svd_solver="full").fit(inputs.double().numpy())
+    components = torch.from_numpy(pca.components_)
+    projection = inputs.double() @ components.T
+    gap = projection[selected].mean(dim=0) - projection[~selected].mean(dim=0)
+    sign = torch.where(gap < 0, -1.0, 1.0).double()
+    components, projection = components * sign[:, None], projection * sign
+    areas = [roc_auc_score(selected.numpy(), column.numpy()) for column in projection.T]
+    return InputComponents(
+        components=components.float(),
+        variance_ratio=torch.from_numpy(pca.explained_variance_ratio_).float(),
+        separation=torch.tensor(areas),
+        projection=projection.float(),
+    )
+
+
+def norm_and_cosine(
+    vectors: Float[Tensor, " *point d_model"], direction: Float[Tensor, " d_model"]
+) -> tuple[Float[Tensor, " *point"], Float[Tensor, " *point"]]:
+    """Norm of each vector and its cosine with a direction; NaN for vectors of length 0."""
+    norm = vectors.norm(dim=-1)
+    along = vectors @ torch.nn.functional.normalize(direction, dim=-1)
+    return norm, torch.where(norm > 0, along / norm, torch.nan).clamp(-1, 1)

@@ -1,18 +1,18 @@
-"""The MLP of a layer, taken out of the model: its stages, its weights, and the norms around it.
+"""The MLP of one layer by itself: its stages, its weights, and the norms before and after it.
 
     residual -> norm -> input -> gate  -> activation \\
                               -> up    ------------- * -> product -> output -> norm -> written
 
-An MLP without a gate has `pre -> activation -> output`; a mixture of experts shows its input and
-its output only, because each token passes other weights there. Most models have no norm behind the
-MLP, and what is written into the residual stream is the output itself.
+An MLP without a gate has `pre -> activation -> output`; a mixture of experts shows only input and
+output, because each token uses other weights. Most models have no norm after the MLP, and the
+output itself is written into the residual stream.
 
->>> stages = run_mlp(model, 5, inputs)           # inputs: [n, d_model], after the norm before it
->>> stages["product"] @ mlp_of(model, 5).w_out   # its output, but for a bias
+>>> stages = run_mlp(model, 5, inputs)           # inputs: [token, d_model], after the norm
+>>> stages["product"] @ mlp_of(model, 5).w_out   # its output, except for a bias
 
-`run_mlp` calls the host's own module, outside of any forward pass. `mlp_of` reads weights, and
-believes none of them: the first time that a layer of a model is asked for, one pass over a few
-tokens records everything in it, and each stage must follow from the one before.
+`run_mlp` calls the model's own module outside of a forward pass. `mlp_of` reads the weights and
+checks them the first time that a layer of a model is asked for: one pass over a few tokens records
+every stage, and each must follow from the one before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -47,28 +47,30 @@ _HOOKED: dict[MlpKind, dict[str, str]] = {
     "plain": {"pre": "mlp_pre", "activation": "mlp_post"},
     "experts": {},
 }
-_N_TOKENS = 8  # of the pass on which a layer is checked
+_N_TOKENS = 8  # of the pass that checks a layer
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """One layer's MLP."""
+    """The MLP of one layer."""
 
     layer: int
     kind: MlpKind
+    readers: dict[str, tuple[Float[Tensor, " d_model d_mlp"], Float[Tensor, " d_mlp"] | None]]
+    """Weight and bias of the stages that read the input: gate and up, or pre."""
+    w_out: Float[Tensor, " d_mlp d_model"] | None
+    b_out: Float[Tensor, " d_model"] | None
+    activation: Callable[[Tensor], Tensor] | None
+    """Elementwise; None in mixtures of experts."""
     reads: Literal["resid_mid", "resid_pre"]
-    """The residual that the norm before it reads: without the layer's own attention in parallel
-    blocks."""
+    """The residual that the norm before the MLP reads: in parallel blocks without the output of the
+    layer's attention."""
     norm_before: NormMap
     norm_after: NormMap
     has_norm_after: bool
-    """Whether what it writes differs from its output: by a norm, or by a factor."""
-    readers: dict[str, tuple[Float[Tensor, "d_model d_mlp"], Float[Tensor, "d_mlp"] | None]]
-    """Weight and bias of the stages that read the input: gate and up, or pre."""
-    w_out: Float[Tensor, "d_mlp d_model"] | None
-    b_out: Float[Tensor, "d_model"] | None
-    activation: Callable[[Tensor], Tensor] | None
-    """Elementwise; None in mixtures of experts."""
+    """Whether what is written differs from the output: by a norm, or by `multiplier`."""
+    multiplier: float
+    """What is written over the output, where no norm follows; 1 in most models."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -91,19 +93,26 @@ def mlp_of(model: Any, layer: int) -> Mlp:
 
     Raises:
         InputError: no such layer.
-        ModelError: its stages do not follow from one another as the library thinks they do.
+        ModelError: its stages do not follow from each other as the diagram above says.
     """
-    return _checked(model, layer)[0]
+    info = describe(model)
+    if not 0 <= layer < int(info.n_layers or 0):
+        raise InputError(f"layer {layer} is out of range: there are {info.n_layers}, from 0 on")
+    weights = _weights(model.blocks[layer].mlp)
+    checked = _checked.setdefault(model, {})
+    if layer not in checked:
+        checked[layer] = _examine(model, layer, weights)
+    return Mlp(layer, *weights, *checked[layer])
 
 
 def run_mlp(
-    model: Any, layer: int, inputs: Float[Tensor, "token d_model"]
-) -> dict[str, Float[Tensor, "token _"]]:
-    """Run the MLP of a layer on given inputs, with the host's own module and no hook of the user's.
+    model: Any, layer: int, inputs: Float[Tensor, " token d_model"]
+) -> dict[str, Float[Tensor, " token _"]]:
+    """Run the MLP of a layer on given inputs, without any hooks of the user's.
 
     Args:
         model: any TransformerLens model.
-        layer: which block's.
+        layer: the block.
         inputs: what the MLP reads: after the norm before it.
 
     Returns:
@@ -116,8 +125,8 @@ def run_mlp(
     """
     if inputs.ndim != 2 or inputs.shape[1] != int(model.cfg.d_model):
         raise InputError(f"inputs have shape {list(inputs.shape)}, not [n, {model.cfg.d_model}]")
-    mlp, multiplier = _checked(model, layer)
-    return _run(model, mlp.kind, layer, inputs, multiplier, mlp.activation)
+    mlp = mlp_of(model, layer)
+    return _run(model, layer, mlp.kind, mlp.activation, mlp.multiplier, inputs)
 
 
 def need_neurons(model: Any, layer: int) -> Mlp:
@@ -130,45 +139,48 @@ def need_neurons(model: Any, layer: int) -> Mlp:
     if mlp.hidden is None:
         raise ModelError(
             f"the MLP of layer {layer} of {describe(model).name!r} is a mixture of experts: each "
-            "token passes other weights, and the host shows no neurons; its input and output can "
-            "be looked at (mlp_stage_alignment, mlp_response)"
+            "token uses other weights, and TransformerLens shows no neurons; look at its input and "
+            "output with mlp_stage_alignment or mlp_response"
         )
     return mlp
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[int, dict[str, Any]]] = weakref.WeakKeyDictionary()
+class _Weights(NamedTuple):
+    """The fields of `Mlp` that are read from the module."""
+
+    kind: MlpKind
+    readers: dict[str, tuple[Tensor, Tensor | None]]
+    w_out: Tensor | None
+    b_out: Tensor | None
+    activation: Callable[[Tensor], Tensor] | None
 
 
-def _checked(model: Any, layer: int) -> tuple[Mlp, float]:
-    """The MLP, and the factor between its output and what is written, where no norm follows."""
-    info = describe(model)
-    if not 0 <= layer < info.n_layers:
-        raise InputError(f"layer {layer} is out of range: there are {info.n_layers}, from 0 on")
-    module = model.blocks[layer].mlp
-    weights = _weights(module)
-    known = _known.setdefault(model, {})
-    if layer not in known:
-        known[layer] = _examine(model, layer, *weights)
-    facts = dict(known[layer])
-    multiplier = facts.pop("multiplier")
-    names = ("kind", "readers", "w_out", "b_out", "activation")
-    return Mlp(layer=layer, **facts, **dict(zip(names, weights, strict=True))), multiplier
+class _Surroundings(NamedTuple):
+    """The fields of `Mlp` that are found by a pass over a few tokens."""
+
+    reads: Literal["resid_mid", "resid_pre"]
+    norm_before: NormMap
+    norm_after: NormMap
+    has_norm_after: bool
+    multiplier: float
 
 
-def _weights(module: Any) -> tuple[Any, ...]:
-    """Kind, readers, output weight, output bias and activation function of the host's module."""
+_checked: weakref.WeakKeyDictionary[Any, dict[int, _Surroundings]] = weakref.WeakKeyDictionary()
+
+
+def _weights(module: Any) -> _Weights:
     w_in, w_gate, w_out = (_tensor(module, name) for name in ("W_in", "W_gate", "W_out"))
     if w_in is None or w_out is None or w_in.ndim != 2:
-        return "experts", {}, None, None, None
+        return _Weights("experts", {}, None, None, None)
     inner = getattr(module, "original_component", None) or module
     names = ("act_fn", "activation_fn", "act", "activation")
-    found = (getattr(inner, name, None) for name in names)
-    activation = next((one for one in found if callable(one)), None)
+    functions = (getattr(inner, name, None) for name in names)
+    activation = next((function for function in functions if callable(function)), None)
     b_in, b_out = _tensor(module, "b_in"), _tensor(module, "b_out")
     if w_gate is None:
-        return "plain", {"pre": (w_in, b_in)}, w_out, b_out, activation
+        return _Weights("plain", {"pre": (w_in, b_in)}, w_out, b_out, activation)
     readers = {"gate": (w_gate, _tensor(module, "b_gate")), "up": (w_in, b_in)}
-    return "gated", readers, w_out, b_out, activation
+    return _Weights("gated", readers, w_out, b_out, activation)
 
 
 def _tensor(module: Any, name: str) -> Tensor | None:
@@ -178,21 +190,20 @@ def _tensor(module: Any, name: str) -> Tensor | None:
 
 def _run(
     model: Any,
-    kind: MlpKind,
     layer: int,
-    inputs: Tensor,
-    multiplier: float,
+    kind: MlpKind,
     activation: Callable[[Tensor], Tensor] | None,
+    multiplier: float,
+    inputs: Tensor,
 ) -> dict[str, Tensor]:
-    block = model.blocks[layer]
+    block, points = model.blocks[layer], model.hook_dict
     weight = next(p for p in block.mlp.parameters() if p.is_floating_point())
-    given = inputs.to(weight.device, _dtype(model))[None]
-    seen: dict[str, Tensor] = {"input": given[0]}
-    points = model.hook_dict
+    batch = inputs.to(weight.device, _dtype(model))[None]
+    stages: dict[str, Tensor] = {"input": batch[0]}
 
     def keep(stage: str) -> Callable[..., None]:
         def hook(_module: Any, _inputs: Any, value: Tensor) -> None:
-            seen[stage] = value.detach()[0]
+            stages[stage] = value.detach()[0]
 
         return hook
 
@@ -201,76 +212,71 @@ def _run(
             point = points[SITE_HOOKS[site].format(layer=layer)]
             stack.callback(point.register_forward_hook(keep(stage)).remove)
         try:
-            output = block.mlp(given)
+            output = block.mlp(batch)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(
-                f"the MLP of layer {layer} of {describe(model).name!r} cannot be run on vectors "
-                f"of its own, outside of a forward pass ({type(error).__name__}: {error})"
+                f"the MLP of layer {layer} of {describe(model).name!r} cannot be run outside of a "
+                f"forward pass ({type(error).__name__}: {error})"
             ) from error
         output = output[0] if isinstance(output, tuple) else output
-        after = _norm_module(block, "ln2_post")
-        written = multiplier * output if after is None else after(output)
-    seen["output"], seen["written"] = output[0], written[0]
+        norm_after = _norm_module(block, "ln2_post")
+        written = multiplier * output if norm_after is None else norm_after(output)
+    stages["output"], stages["written"] = output[0], written[0]
     if kind == "gated" and activation is not None:
-        seen["activation"] = activation(seen["gate"]).detach()
-    missing = [stage for stage in _STAGES[kind] if stage not in seen]
+        stages["activation"] = activation(stages["gate"]).detach()
+    missing = [stage for stage in _STAGES[kind] if stage not in stages]
     if missing:
         raise ModelError(
             f"the hook of the stage {missing[0]!r} did not fire when the MLP of layer {layer} of "
-            f"{describe(model).name!r} ran; its stages cannot be seen"
+            f"{describe(model).name!r} ran, so its stages cannot be seen"
         )
-    order = (*_STAGES[kind], "written")
-    return {stage: seen[stage].float().cpu() for stage in order}
+    return {stage: stages[stage].float().cpu() for stage in (*_STAGES[kind], "written")}
 
 
-def _examine(model: Any, layer: int, *weights: Any) -> dict[str, Any]:
-    """What is not written in the weights of a layer, from one pass over a few tokens."""
-    kind, readers, w_out, b_out, activation = weights
-    recorded = _record(model, kind, layer)
-    inputs, raw, written = (recorded[name] for name in ("mlp_in", "mlp_raw", "mlp_out"))
+def _examine(model: Any, layer: int, weights: _Weights) -> _Surroundings:
+    """Find the norms around an MLP from one pass over a few tokens, and check every stage."""
+    recorded = _record(model, weights.kind, layer)
+    inputs, output, written = (recorded[name] for name in ("mlp_in", "mlp_raw", "mlp_out"))
     block = model.blocks[layer]
-    first = recorded["resid_pre"]
-    residuals = {"resid_mid": first + recorded["attn_out"], "resid_pre": first}
-    # Parallel blocks share one norm, or have one each; some models have none in front.
+    residuals: dict[Literal["resid_mid", "resid_pre"], Tensor] = {
+        "resid_mid": recorded["resid_pre"] + recorded["attn_out"],
+        "resid_pre": recorded["resid_pre"],
+    }
+    # Parallel blocks share one norm or have one each; some models have none before the MLP.
     norms = [_norm_map(model, block, name, like=inputs) for name in ("ln2", "ln1", None)]
     before, reads = min(
         ((norm, name) for name in residuals for norm in norms if norm is not None),
-        key=lambda place: place[0].error(residuals[place[1]], inputs),
+        key=lambda pair: pair[0].error(residuals[pair[1]], inputs),
     )
-    after = _norm_map(model, block, "ln2_post", like=raw)
-    multiplier = 1.0
+    after = _norm_map(model, block, "ln2_post", like=output)
+    has_norm_after, multiplier = after is not None, 1.0
     if after is None:
-        after = NormMap.identity(raw.shape[-1])
-        multiplier = float(after.scale(raw, written).median())
-        multiplier = 1.0 if abs(multiplier - 1) < 1e-2 else multiplier
-    own = _run(model, kind, layer, inputs, multiplier, activation)
+        after = NormMap.identity(output.shape[-1])
+        ratio = float(after.scale(output, written).median())
+        has_norm_after = not abs(ratio - 1) < 1e-2
+        multiplier = ratio if has_norm_after else 1.0
+    stages = _run(model, layer, weights.kind, weights.activation, multiplier, inputs)
     errors = {
         "the norm before it": before.error(residuals[reads], inputs),
-        "the norm behind it": after.error(raw, written),
-        "its output, run alone,": _difference(own["output"], raw),
-        "what it writes, run alone,": _difference(own["written"], written),
+        "the norm after it": after.error(output, written),
+        "its output, run alone,": _difference(stages["output"], output),
+        "what it writes, run alone,": _difference(stages["written"], written),
     }
-    for stage, site in _HOOKED[kind].items():
-        errors[f"its {stage}, run alone,"] = _difference(own[stage], recorded[site])
-    errors |= _weight_errors(kind, own, readers, w_out, b_out)
+    for stage, site in _HOOKED[weights.kind].items():
+        errors[f"its {stage}, run alone,"] = _difference(stages[stage], recorded[site])
+    errors |= _weight_errors(weights, stages)
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= tolerance(model):
         raise ModelError(
-            f"in {describe(model).name!r}, the MLP of layer {layer} is not what the library takes "
-            f"it for: {worst} is off by {errors[worst]:.1e} (relative), so nothing can be ascribed "
-            "to its stages or neurons"
+            f"in {describe(model).name!r}, the MLP of layer {layer} has a structure that this "
+            f"library does not know: {worst} is off by {errors[worst]:.1e} (relative), so nothing "
+            "can be attributed to its stages or neurons"
         )
-    return {
-        "reads": reads,
-        "norm_before": before,
-        "norm_after": after,
-        "has_norm_after": _norm_module(block, "ln2_post") is not None or multiplier != 1.0,
-        "multiplier": multiplier,
-    }
+    return _Surroundings(reads, before, after, has_norm_after, multiplier)
 
 
 def _record(model: Any, kind: MlpKind, layer: int) -> dict[str, Tensor]:
-    """Everything around and in the MLP of a layer, in a pass over arbitrary tokens."""
+    """Everything in and around the MLP of a layer, in a pass over arbitrary tokens."""
     names = ["resid_pre", "attn_out", "mlp_in", "mlp_raw", "mlp_out", *_HOOKED[kind].values()]
     for site in missing_sites(model, [Site(name, layer) for name in names]):
         raise ModelError(
@@ -293,25 +299,23 @@ def _record(model: Any, kind: MlpKind, layer: int) -> dict[str, Tensor]:
     return recorded
 
 
-def _weight_errors(
-    kind: MlpKind, own: dict[str, Tensor], readers: Any, w_out: Any, b_out: Any
-) -> dict[str, float]:
+def _weight_errors(weights: _Weights, stages: dict[str, Tensor]) -> dict[str, float]:
     """How far each stage is from what the weights make of the stage before."""
-    if kind == "experts":
+    if weights.w_out is None:
         return {}
     errors = {
         f"its {stage}, computed from the weights,": _difference(
-            affine(own["input"], weight, bias), own[stage]
+            affine(stages["input"], weight, bias), stages[stage]
         )
-        for stage, (weight, bias) in readers.items()
+        for stage, (weight, bias) in weights.readers.items()
     }
-    hidden = own["product" if kind == "gated" else "activation"]
+    hidden = stages["product" if weights.kind == "gated" else "activation"]
     errors["its output, computed from the weights,"] = _difference(
-        affine(hidden, w_out, b_out), own["output"]
+        affine(hidden, weights.w_out, weights.b_out), stages["output"]
     )
-    if kind == "gated":
-        product = own["activation"] * own["up"] if "activation" in own else torch.zeros(1)
-        errors["activation times up"] = _difference(product, own["product"])
+    if weights.kind == "gated":
+        product = stages["activation"] * stages["up"]
+        errors["activation times up"] = _difference(product, stages["product"])
     return errors
 
 
@@ -321,9 +325,9 @@ def affine(vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias.float().cpu()
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def _difference(values: Tensor, expected: Tensor) -> float:
     size = float(expected.float().norm().clamp_min(1e-12))
-    return float((found.float() - expected.float()).norm()) / size
+    return float((values.float() - expected.float()).norm()) / size
 
 
 def _norm_module(block: Any, name: str) -> torch.nn.Module | None:

@@ -8,19 +8,25 @@ the orange points, the component alone explains the write.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from secondary_sinks.analyses.mlp_records import counted_kinds
 from secondary_sinks.analyses.mlp_response import MlpResponse
-from secondary_sinks.errors import InputError
-from secondary_sinks.plots.style import COLORS, add_panel, new_figure, styled
+from secondary_sinks.plots.style import (
+    COLORS,
+    add_legend,
+    add_panel,
+    check_panel,
+    new_figure,
+    styled,
+)
 
 _LEFT, _TOP, _BOTTOM, _GAP, _ROW_GAP, _RIGHT = 0.6, 0.75, 0.5, 0.16, 0.16, 0.15  # inches
+_HEIGHT = 1.1
 _CURVE = "#222222"
 _MAX_COLUMNS = 8
 
@@ -35,77 +41,67 @@ def plot_mlp_response(response: MlpResponse, *, panel: float = 1.1) -> Figure:
     Raises:
         InputError: a `panel` that is not above 0.
     """
-    if not panel > 0:
-        raise InputError(f"panel is {panel} inches; it must be above 0")
+    check_panel(panel)
     n = min(len(response.components), _MAX_COLUMNS)
-    height = 1.1
     width = max(_LEFT + n * panel + (n - 1) * _GAP + _RIGHT, 4.2)
-    rows = (
-        ("norm", response.norm, response.token_norm),
-        ("cosine", response.cosine, response.token_cosine),
-    )
+    norms = np.concatenate([response.norm[:n].flatten().numpy(), response.token_norm.numpy()])
+    top = float(np.nanmax(norms, initial=0.0)) or 1.0
     with styled():
-        figure = new_figure(width, _TOP + 2 * height + _ROW_GAP + _BOTTOM)
-        for row, (name, curves, tokens) in enumerate(rows):
-            shown = np.concatenate([curves[:n].flatten().numpy(), tokens.numpy()])
-            top = float(np.nanmax(shown, initial=0.0)) or 1.0
-            for column in range(n):
-                place = (_LEFT + column * (panel + _GAP), _TOP + row * (height + _ROW_GAP))
-                axes = add_panel(figure, *place, panel, height)
-                axes.set_label(f"{name} {column + 1}")
-                _draw_tokens(axes, response, column, tokens.numpy())
-                axes.plot(response.alphas[column], curves[column], color=_CURVE, gid="curve")
-                axes.set_ylim((-1.08, 1.08) if name == "cosine" else (-0.04 * top, 1.08 * top))
-                axes.xaxis.set_major_locator(MaxNLocator(3))
+        figure = new_figure(width, _TOP + 2 * _HEIGHT + _ROW_GAP + _BOTTOM)
+        for column in range(n):
+            left = _LEFT + column * (panel + _GAP)
+            norm = add_panel(figure, left, _TOP, panel, _HEIGHT)
+            _draw(norm, response, "norm", column)
+            norm.set_ylim(-0.04 * top, 1.08 * top)
+            norm.set_xticklabels([])
+            norm.set_title(
+                f"PC {column + 1}: {response.variance_ratio[column]:.0%}\n"
+                f"AUC {response.separation[column]:.2f}"
+            )
+            cosine = add_panel(figure, left, _TOP + _HEIGHT + _ROW_GAP, panel, _HEIGHT)
+            _draw(cosine, response, "cosine", column)
+            cosine.set_ylim(-1.08, 1.08)
+            cosine.axhline(0, color="black", linewidth=0.4, zorder=0)
+            cosine.set_xlabel("alpha")
+            for axes, label in ((norm, "norm of output"), (cosine, "cosine")):
                 if column == 0:
-                    axes.set_ylabel("norm of output" if name == "norm" else "cosine")
+                    axes.set_ylabel(label)
                 else:
                     axes.set_yticklabels([])
-                if row == 0:
-                    axes.set_xticklabels([])
-                    axes.set_title(
-                        f"PC {column + 1}: {response.variance_ratio[column]:.0%}\n"
-                        f"AUC {response.separation[column]:.2f}"
-                    )
-                else:
-                    axes.axhline(0, color="black", linewidth=0.4, zorder=0)
-                    axes.set_xlabel("alpha")
         _draw_legend(figure, response)
     return figure
 
 
-def _draw_tokens(axes: Axes, response: MlpResponse, column: int, values: np.ndarray) -> None:
-    is_sink = response.is_sink.numpy()
+def _draw(axes: Axes, response: MlpResponse, what: str, column: int) -> None:
+    """The tokens as points, the response to multiples of the component as a curve."""
+    selected = response.selected.numpy()
     projection = response.projection[:, column].numpy()
-    for kind, chosen in (("ordinary", ~is_sink), ("secondary", is_sink)):
+    values = (response.norm if what == "norm" else response.cosine)[column]
+    at_tokens = (response.token_norm if what == "norm" else response.token_cosine).numpy()
+    axes.set_label(f"{what} {column + 1}")
+    for kind, shown in (("ordinary", ~selected), ("secondary", selected)):
         axes.plot(
-            projection[chosen],
-            values[chosen],
+            projection[shown],
+            at_tokens[shown],
             color=COLORS[kind],
             marker="o",
             markersize=2,
             markeredgewidth=0,
             linestyle="none",
-            alpha=max(0.3, min(0.9, 30 / max(1, int(chosen.sum())))),
+            alpha=max(0.3, min(0.9, 30 / max(1, int(shown.sum())))),
             gid=kind,
         )
+    axes.plot(response.alphas[column], values, color=_CURVE, gid="curve")
+    axes.xaxis.set_major_locator(MaxNLocator(3))
 
 
 def _draw_legend(figure: Figure, response: MlpResponse) -> None:
-    width, height = figure.get_size_inches()
-    n = int(response.is_sink.sum())
-    handles = [Line2D([], [], color=_CURVE, label=f"MLP {response.layer} on alpha times PC")]
-    for kind, count in (("sinks", n), ("ordinary", len(response.is_sink) - n)):
-        color = COLORS["secondary" if kind == "sinks" else kind]
-        style: dict[str, Any] = {"marker": "o", "markersize": 3, "linestyle": "none"}
-        handles.append(Line2D([], [], color=color, label=f"{count} {kind}", **style))
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(_LEFT / width, 1 - 0.08 / height),
-        ncols=3,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.4,
-        columnspacing=1.2,
-    )
+    selected = counted_kinds([kind for kind in response.kinds if kind != "ordinary"])
+    n_ordinary = response.kinds.count("ordinary")
+    handles = [Line2D([], [], color=_CURVE, label=f"MLP {response.writer} on alpha times PC")]
+    for kind, label in (("secondary", selected), ("ordinary", f"{n_ordinary} ordinary")):
+        color = COLORS[kind]
+        handles.append(
+            Line2D([], [], color=color, label=label, marker="o", markersize=3, linestyle="none")
+        )
+    add_legend(figure, handles, _LEFT, ncols=3)

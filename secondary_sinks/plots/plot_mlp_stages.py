@@ -1,80 +1,85 @@
 """The stages of the writer's MLP as a picture: where a sink becomes like the primary.
 
-Left, the cosine of each stage with the primary's: one line a sink, a gray band from the tenth to
-the ninetieth percentile of ordinary tokens. Diamonds compare with the primary in the layer where
-the primary itself emerges. Right, the norms of the same stages: a cosine of something that hardly
-has a length says little.
+Left, the cosine of each stage with the primary's: one line for each sink, a gray band from the
+tenth to the ninetieth percentile of ordinary tokens. Diamonds compare with the primary in the layer
+where the primary itself emerges. Right, the norms of the same stages, because a cosine says little
+where the norm is small.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from torch import Tensor
 
+from secondary_sinks.analyses.mlp_records import counted_kinds
 from secondary_sinks.analyses.mlp_stage_alignment import MlpStages
-from secondary_sinks.errors import InputError
-from secondary_sinks.plots.style import COLORS, add_panel, new_figure, styled
+from secondary_sinks.plots.style import (
+    COLORS,
+    add_legend,
+    add_panel,
+    check_panel,
+    mlp_names,
+    new_figure,
+    styled,
+)
 
 _LEFT, _TOP, _BOTTOM, _GAP, _RIGHT = 0.55, 0.62, 0.65, 0.7, 0.15  # inches
+_HEIGHT = 1.7
+_DIAMOND: dict[str, Any] = {
+    "marker": "D",
+    "markersize": 3,
+    "markerfacecolor": "none",
+    "linestyle": "none",
+    "color": COLORS["primary"],
+}
 
 
-def plot_mlp_stages(found: MlpStages, *, panel: float = 2.6) -> Figure:
+def plot_mlp_stages(stages: MlpStages, *, panel: float = 2.6) -> Figure:
     """Cosines and norms by stage, sinks against ordinary tokens.
 
     Args:
-        found: the stages of one text's sinks.
+        stages: of one text's sinks.
         panel: width of a panel in inches.
 
     Raises:
         InputError: a `panel` that is not above 0.
     """
-    if not panel > 0:
-        raise InputError(f"panel is {panel} inches; it must be above 0")
-    height = 1.7
+    check_panel(panel)
     width = _LEFT + 2 * panel + _GAP + _RIGHT
     with styled():
-        figure = new_figure(width, _TOP + height + _BOTTOM)
-        cosines = add_panel(figure, _LEFT, _TOP, panel, height)
-        norms = add_panel(figure, _LEFT + panel + _GAP, _TOP, panel, height)
-        _draw(cosines, found, found.cosine, found.ordinary)
-        _draw_emergence(cosines, found)
-        cosines.set_label("cosine")
+        figure = new_figure(width, _TOP + _HEIGHT + _BOTTOM)
+        cosines = add_panel(figure, _LEFT, _TOP, panel, _HEIGHT)
+        norms = add_panel(figure, _LEFT + panel + _GAP, _TOP, panel, _HEIGHT)
+        _draw(cosines, stages, "cosine")
+        _draw_emergence(cosines, stages)
         cosines.set_title("cosine with the primary's stage")
         cosines.axhline(0, color="black", linewidth=0.4, zorder=0)
         cosines.set_ylim(min(-0.05, *cosines.get_ylim()), 1.05)
-        _draw(norms, found, found.norm, found.ordinary_norm)
-        norms.set_label("norm")
+        _draw(norms, stages, "norm")
         norms.set_title("norm")
         norms.set_yscale("log")
         norms.yaxis.set_major_locator(LogLocator(numticks=6))
         norms.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         norms.yaxis.set_minor_formatter(NullFormatter())
-        norms.plot(
-            range(len(found.stages)),
-            found.primary_norm.nanmedian(dim=0).values.numpy(),
-            color=COLORS["primary"],
-            gid="primary",
-        )
-        _draw_legend(figure, found)
+        primary = stages.primary_norm.nanmedian(dim=0).values.numpy()
+        norms.plot(range(len(primary)), primary, color=COLORS["primary"], gid="primary")
+        _draw_legend(figure, stages)
     return figure
 
 
-def _draw(axes: Axes, found: MlpStages, values: Tensor, ordinary: Tensor) -> None:
-    places = np.arange(len(found.stages))
-    pooled = ordinary.permute(1, 0, 2).flatten(1)
-    low, middle, high = torch.nanquantile(pooled, torch.tensor([0.1, 0.5, 0.9]), dim=1).numpy()
+def _draw(axes: Axes, stages: MlpStages, what: Literal["cosine", "norm"]) -> None:
+    places = np.arange(len(stages.stages))
+    middle, low, high = stages.ordinary_band(of=what)
     color = COLORS["ordinary"]
     axes.fill_between(places, low, high, color=color, alpha=0.3, linewidth=0)
     axes.plot(places, middle, color=color, gid="ordinary")
-    alpha = max(0.25, min(1.0, 6 / len(values)))
+    values = stages.cosine if what == "cosine" else stages.norm
     for line in values.numpy():
         axes.plot(
             places,
@@ -83,67 +88,35 @@ def _draw(axes: Axes, found: MlpStages, values: Tensor, ordinary: Tensor) -> Non
             linewidth=0.8,
             marker="o",
             markersize=2,
-            alpha=alpha,
+            alpha=max(0.25, min(1.0, 6 / len(values))),
             gid="sink",
         )
-    axes.set_xticks(places, found.stages, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_label(what)
+    axes.set_xticks(places, stages.stages, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.3, len(places) - 0.7)
 
 
-def _draw_emergence(axes: Axes, found: MlpStages) -> None:
-    for number in range(len(found.stages)):
-        values = found.emergence_cosine[:, number]
+def _draw_emergence(axes: Axes, stages: MlpStages) -> None:
+    for number, values in enumerate(stages.emergence_cosine.T):
         known = values[~values.isnan()].numpy()
-        axes.plot(
-            np.full(len(known), number + 0.14),
-            known,
-            color=COLORS["primary"],
-            marker="D",
-            markersize=3,
-            markerfacecolor="none",
-            markeredgewidth=0.7,
-            linestyle="none",
-            gid="emergence",
-        )
+        place = np.full(len(known), number + 0.14)
+        axes.plot(place, known, markeredgewidth=0.7, gid="emergence", **_DIAMOND)
 
 
-def _draw_legend(figure: Figure, found: MlpStages) -> None:
-    width, height = figure.get_size_inches()
-    diamond: dict[str, Any] = {
-        "marker": "D",
-        "markersize": 3,
-        "markerfacecolor": "none",
-        "linestyle": "none",
-    }
-    layers = sorted({sink.emergence for sink in found.sinks})
-    where = ", ".join(str(layer) for layer in layers[:3])
-    count = len(found.sinks)
-    handles: list[Line2D | Patch] = [
+def _draw_legend(figure: Figure, stages: MlpStages) -> None:
+    emergence = sorted({sink.emergence for sink in stages.sinks})[:3]
+    tokens = counted_kinds([sink.kind for sink in stages.sinks])
+    handles = [
         Line2D(
             [],
             [],
             color=COLORS["secondary"],
             marker="o",
             markersize=2,
-            label=f"{count} sink{'' if count == 1 else 's'}, {_writers(found)}",
+            label=f"{tokens}, {mlp_names(sink.writer for sink in stages.sinks)}",
         ),
         Line2D([], [], color=COLORS["primary"], label="primary"),
-        Line2D([], [], color=COLORS["primary"], label=f"with primary in layer {where}", **diamond),
+        Line2D([], [], label=f"with primary in layer {', '.join(map(str, emergence))}", **_DIAMOND),
         Patch(color=COLORS["ordinary"], alpha=0.5, label="ordinary, 10-90 %"),
     ]
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(_LEFT / width, 1 - 0.08 / height),
-        ncols=4 if width >= 6 else 2,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.4,
-        columnspacing=1.2,
-    )
-
-
-def _writers(found: MlpStages) -> str:
-    layers = sorted({sink.writer for sink in found.sinks})
-    shown = ", ".join(str(layer) for layer in layers[:3])
-    return f"MLP {shown}{' ...' if len(layers) > 3 else ''}"
+    add_legend(figure, handles, _LEFT, ncols=4 if figure.get_size_inches()[0] >= 6 else 2)

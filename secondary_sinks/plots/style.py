@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from secondary_sinks.errors import InputError
 from secondary_sinks.storage import write_atomically
 
 COLORS: dict[str, str] = {
@@ -83,6 +85,41 @@ def add_panel(figure: Figure, left: float, top: float, width: float, height: flo
     return figure.add_axes(
         (left / full_width, bottom / full_height, width / full_width, height / full_height)
     )
+
+
+def check_panel(panel: float) -> None:
+    """Raise `InputError` for a panel size, in inches, that is not above 0."""
+    if not panel > 0:
+        raise InputError(f"panel is {panel} inches; it must be above 0")
+
+
+def add_legend(
+    figure: Figure,
+    handles: Sequence[Artist],
+    left: float,
+    top: float = 0.08,
+    *,
+    ncols: int,
+    handlelength: float = 1.4,
+) -> None:
+    """A legend at a place given in inches, from the figure's left and top edges."""
+    width, height = figure.get_size_inches()
+    figure.legend(
+        handles=list(handles),
+        loc="upper left",
+        bbox_to_anchor=(left / width, 1 - top / height),
+        ncols=ncols,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=handlelength,
+        columnspacing=1.2,
+    )
+
+
+def mlp_names(layers: Iterable[int]) -> str:
+    """The MLPs of at most three layers by name: "MLP 3, 5, 6 ..."."""
+    unique = sorted(set(layers))
+    return f"MLP {', '.join(map(str, unique[:3]))}{' ...' if len(unique) > 3 else ''}"
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: float = 200) -> Path:

@@ -1,4 +1,4 @@
-"""The MLP of a layer outside of the model: in every family it is the one inside."""
+"""The MLP of a layer, run alone: in every family it gives what it gives in the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOOKED = {"gate": "mlp_pre", "pre": "mlp_pre", "up": "mlp_pre_linear", "product"
 
 @pytest.fixture(scope="module")
 def uneven(make_tiny):
-    """Family -> a model whose norms and layers have weights and biases of their own."""
+    """Family -> a model with random weights and biases in its norms and layers."""
 
     @functools.cache
     def make(family):
@@ -44,14 +44,14 @@ def model(uneven, family):
 
 
 def recorded(model, layer, tokens, names):
-    found = {}
+    values = {}
 
     def keep(name):
-        return lambda value: found.__setitem__(name, value[0].float().clone())
+        return lambda value: values.__setitem__(name, value[0].float().clone())
 
     observers = {Site(name, layer): keep(name) for name in names}
     observe(model, tokens[None], torch.ones_like(tokens[None]), observers)
-    return found
+    return values
 
 
 def test_run_alone_it_gives_what_it_gave_in_the_model(model, family, tokens_of):
@@ -59,26 +59,26 @@ def test_run_alone_it_gives_what_it_gave_in_the_model(model, family, tokens_of):
     for layer in range(3):
         mlp = mlp_of(model, layer)
         names = SITES | {stage: site for stage, site in HOOKED.items() if stage in mlp.stages}
-        found = recorded(model, layer, tokens, names.values())
-        stages = run_mlp(model, layer, found["mlp_in"])
+        values = recorded(model, layer, tokens, names.values())
+        stages = run_mlp(model, layer, values["mlp_in"])
         for stage, site in names.items():
-            torch.testing.assert_close(stages[stage], found[site], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(stages[stage], values[site], rtol=1e-4, atol=1e-5)
         assert [stage for stage in stages if stage in mlp.stages] == list(mlp.stages)
 
 
 def test_each_stage_follows_from_the_one_before(model, family, tokens_of):
-    found = recorded(
+    values = recorded(
         model, 1, tokens_of(20), ["resid_pre", "attn_out", "mlp_in", "mlp_raw", "mlp_out"]
     )
-    mlp, stages = mlp_of(model, 1), run_mlp(model, 1, found["mlp_in"])
+    mlp, stages = mlp_of(model, 1), run_mlp(model, 1, values["mlp_in"])
     assert mlp.has_norm_after == ("written" in mlp.stages) == (family in NORM_AFTER)
     assert (mlp.reads == "resid_pre") == (family == "neox")
-    read = found["resid_pre"] + (found["attn_out"] if mlp.reads == "resid_mid" else 0)
+    read = values["resid_pre"] + (values["attn_out"] if mlp.reads == "resid_mid" else 0)
     assert mlp.norm_before.error(read, stages["input"]) < 1e-4
     assert mlp.norm_before.centers == (family in PLAIN)
     scale = mlp.norm_after.scale(stages["output"], stages["written"])
     after = mlp.norm_after.linear(stages["output"], scale) + mlp.norm_after.bias
-    torch.testing.assert_close(after, found["mlp_out"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after, values["mlp_out"], rtol=1e-4, atol=1e-5)
     if family in EXPERTS:
         assert (mlp.stages, mlp.hidden, mlp.d_mlp) == (("input", "output"), None, 0)
         return
@@ -113,8 +113,8 @@ def test_weights_that_are_not_what_the_module_does_are_refused(make_tiny, monkey
     model = make_tiny("llama")
     inner = model.blocks[1].mlp.original_component
     run_mlp(model, 0, torch.ones(1, 32))
-    own = inner.act_fn.forward
-    monkeypatch.setattr(inner.act_fn, "forward", lambda value: own(value) + 0.5 * torch.rand(()))
+    real = inner.act_fn.forward
+    monkeypatch.setattr(inner.act_fn, "forward", lambda value: real(value) + 0.5 * torch.rand(()))
     with pytest.raises(ss.ModelError, match=r"MLP of layer 1.*off by"):
         mlp_of(model, 1)
 

@@ -1,4 +1,4 @@
-"""A norm as a linear map: what it is made of is found by probing, and parts add up."""
+"""A norm as a linear map: probes give its weight and bias, and parts add up."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ def random_norm(kind, width):
 def test_the_parts_of_a_token_go_through_the_norm_one_by_one(kind, width):
     norm, weight, bias = random_norm(kind, width)
     with torch.no_grad():
-        found = NormMap.of(norm, torch.zeros(1, width))
-        torch.testing.assert_close(found.weight, weight, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.bias, bias, rtol=1e-4, atol=1e-5)
-        assert found.centers == (kind == "layer")
+        norm_map = NormMap.of(norm, torch.zeros(1, width))
+        torch.testing.assert_close(norm_map.weight, weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm_map.bias, bias, rtol=1e-4, atol=1e-5)
+        assert norm_map.centers == (kind == "layer")
         parts = torch.randn(5, 3, width) + 2
         whole = parts.sum(dim=1)
-        gave = norm(whole)
-    scale = found.scale(whole, gave)
-    assert found.error(whole, gave) < 1e-5
-    mapped = found.linear(parts, scale[:, None]).sum(dim=1) + found.bias
-    torch.testing.assert_close(mapped, gave, rtol=1e-4, atol=1e-5)
+        outputs = norm(whole)
+    scale = norm_map.scale(whole, outputs)
+    assert norm_map.error(whole, outputs) < 1e-5
+    mapped = norm_map.linear(parts, scale[:, None]).sum(dim=1) + norm_map.bias
+    torch.testing.assert_close(mapped, outputs, rtol=1e-4, atol=1e-5)
     directions = torch.randn(5, width)
-    along = (found.linear(whole, scale) * directions).sum(-1)
-    back = (whole * found.transposed(directions, scale)).sum(-1)
+    along = (norm_map.linear(whole, scale) * directions).sum(-1)
+    back = (whole * norm_map.transposed(directions, scale)).sum(-1)
     torch.testing.assert_close(along, back, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_no_norm_has_an_error():
+def test_what_is_not_a_norm_has_an_error():
     torch.manual_seed(0)
     read = torch.randn(4, 16)
-    found = NormMap.of(nn.RMSNorm(16).requires_grad_(False), read)
-    assert found.error(read, torch.tanh(read)) > 0.01
+    norm_map = NormMap.of(nn.RMSNorm(16).requires_grad_(False), read)
+    assert norm_map.error(read, torch.tanh(read)) > 0.01
     assert NormMap.identity(16).error(read, 3 * read) < 1e-6
     assert NormMap.identity(16).error(read, read.roll(1, dims=1)) > 0.1

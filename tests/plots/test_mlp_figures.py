@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Text
 
 import secondary_sinks as ss
 from secondary_sinks.analyses.mlp_response import MlpResponse
@@ -20,10 +20,16 @@ from secondary_sinks.analyses.neuron_contributions import (
     SinkNeurons,
     fewest,
 )
+from secondary_sinks.host.model_info import ModelInfo
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.plots.style import COLORS
 
 TOKENS = ("\n", " you", "。你", "$x$", "\\times", " internationalization")
 DONE = ("ablate", "keep")
+INVENTED = {
+    "writer_rule": "largest_write",
+    "provenance": Provenance(ModelInfo("an $invented$ model")),
+}
 GATED = ("input", "gate", "activation", "up", "product", "output", "written")
 KINDS = tuple(f"{done}_{which}" for which in ("top", "active", "random") for done in DONE)
 PARTS = ("embedding", *(f"{kind} {layer}" for layer in range(20) for kind in ("attn", "mlp")))
@@ -39,7 +45,9 @@ def stages_of(n, stages=GATED):
     emergence = random(*shape)
     emergence[:, 1:-2] = torch.nan
     return MlpStages(
-        sinks=tuple(SinkStages(100 * i, TOKENS[i % 6], 8, 5 + i % 4, 2, 4) for i in range(n)),
+        sinks=tuple(
+            SinkStages(100 * i, TOKENS[i % 6], "secondary", 8, 5 + i % 4, 2, 4) for i in range(n)
+        ),
         stages=stages,
         cosine=random(*shape),
         ordinary=random(*shape, 4) / 2,
@@ -49,8 +57,7 @@ def stages_of(n, stages=GATED):
         emergence_cosine=emergence,
         emergence_ordinary=random(*shape, 4),
         primary_position=0,
-        seed=0,
-        model={"name": "an $invented$ model"},
+        **INVENTED,
     )
 
 
@@ -59,7 +66,7 @@ def response_of(n_components, n_tokens=60):
     projection = 30 * torch.randn(n_tokens, n_components, generator=generator)
     alphas = projection.abs().amax(dim=0)[:, None] * torch.arange(-5, 6) / 5
     return MlpResponse(
-        layer=5,
+        writer=5,
         alphas=alphas,
         norm=12_345 * alphas.abs() / alphas.abs().max(),
         cosine=torch.tanh(alphas),
@@ -69,15 +76,14 @@ def response_of(n_components, n_tokens=60):
         variance_ratio=torch.full((n_components,), 0.137),
         separation=torch.rand(n_components, generator=generator),
         projection=projection,
-        is_sink=torch.arange(n_tokens) < n_tokens // 5,
+        kinds=("secondary",) * (n_tokens // 5) + ("ordinary",) * (n_tokens - n_tokens // 5),
         text=torch.zeros(n_tokens, dtype=torch.long),
         position=torch.arange(n_tokens),
         token_norm=100 * torch.rand(n_tokens, generator=generator),
         token_cosine=torch.rand(n_tokens, generator=generator),
         direction=torch.ones(32),
         agreement=1.0,
-        seed=0,
-        model={"name": "an $invented$ model"},
+        **INVENTED,
     )
 
 
@@ -97,7 +103,7 @@ def neurons_of(n, parts=PARTS, width=5000, verified=True):
         }
         ordinary = {stage: one / 5 for stage, one in values.items()}
         inputs = NeuronInputs(neurons[:8], parts, values, ordinary)
-        place = (100 * index, TOKENS[index % 6], 20, 20)
+        place = (100 * index, TOKENS[index % 6], "secondary", 20, 20)
         sinks.append(SinkNeurons(*place, 17, 300.0, 0.05, write, 0.0, neurons, 0.0, inputs))
         for kind in KINDS if verified else ():
             alive = kind in ("keep_top", "ablate_active", "ablate_random")
@@ -110,24 +116,26 @@ def neurons_of(n, parts=PARTS, width=5000, verified=True):
         contribution=contribution,
         share=0.9,
         tests=tuple(tests),
-        seed=0,
-        engine="packed",
-        model={"name": "an $invented$ model"},
         primary_position=0,
+        **INVENTED,
     )
 
 
-def figures():
-    yield from ((f"stages {n}", stages_of(n).plot()) for n in (1, 5, 50))
-    yield "stages of experts", stages_of(3, ("input", "output")).plot()
-    yield from ((f"response {n}", response_of(n).plot()) for n in (1, 6, 20))
-    yield from ((f"neurons {n}", neurons_of(n).plot()) for n in (1, 5, 50, 70))
-    yield "neurons untested", neurons_of(5, verified=False).plot()
-    yield from ((f"inputs {n}", neurons_of(n).plot_inputs()) for n in (1, 5, 50))
-    yield "inputs of few parts", neurons_of(2, ("embedding", "bias")).plot_inputs()
+DRAW = (
+    {f"stages {n}": lambda n=n: stages_of(n).plot() for n in (1, 5, 50)}
+    | {"stages of experts": lambda: stages_of(3, ("input", "output")).plot()}
+    | {f"response {n}": lambda n=n: response_of(n).plot() for n in (1, 6, 20)}
+    | {f"neurons {n}": lambda n=n: neurons_of(n).plot() for n in (1, 5, 70)}
+    | {"neurons untested": lambda: neurons_of(5, verified=False).plot()}
+    | {f"inputs {n}": lambda n=n: neurons_of(n).plot_inputs() for n in (1, 5, 50)}
+    | {"inputs of few parts": lambda: neurons_of(2, ("embedding", "bias")).plot_inputs()}
+)
 
 
-FIGURES = dict(figures())
+@functools.cache
+def drawn(name):
+    """The figure of that name."""
+    return DRAW[name]()
 
 
 def panel(figure, label):
@@ -136,23 +144,6 @@ def panel(figure, label):
 
 def lines(axes, gid):
     return [line for line in axes.lines if line.get_gid() == gid]
-
-
-def drawn_texts(figure):
-    """Every visible text with its box in pixels."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    shown, ticks = set(), set()
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            shown |= {label for t in axis._update_ticks() for label in (t.label1, t.label2)}
-            every = (*axis.majorTicks, *axis.minorTicks)
-            ticks |= {label for tick in every for label in (tick.label1, tick.label2)}
-    return [
-        text
-        for text in figure.findobj(Text)
-        if text.get_visible() and text.get_text() and (text not in ticks or text in shown)
-    ]
 
 
 def corners(text, figure):
@@ -184,10 +175,10 @@ def apart(one, other):
     return False
 
 
-@pytest.mark.parametrize("name", list(FIGURES))
-def test_no_text_lies_on_another_leaves_the_figure_or_is_small(name):
-    figure = FIGURES[name]
-    texts = drawn_texts(figure)
+@pytest.mark.parametrize("name", DRAW)
+def test_no_text_lies_on_another_leaves_the_figure_or_is_small(name, drawn_texts):
+    figure = drawn(name)
+    texts = [text for text, _ in drawn_texts(figure)]
     shapes = [corners(text, figure) for text in texts]
     edges = figure.bbox
     for text, shape in zip(texts, shapes, strict=True):
@@ -201,16 +192,16 @@ def test_no_text_lies_on_another_leaves_the_figure_or_is_small(name):
 
 
 def test_stages_are_the_numbers_in_the_colors_of_the_kinds():
-    found = stages_of(5)
-    axes = panel(FIGURES["stages 5"], "cosine")
-    drawn = lines(axes, "sink")
-    assert len(drawn) == 5
-    for line, values in zip(drawn, found.cosine, strict=True):
+    result = stages_of(5)
+    axes = panel(drawn("stages 5"), "cosine")
+    sinks = lines(axes, "sink")
+    assert len(sinks) == 5
+    for line, values in zip(sinks, result.cosine, strict=True):
         np.testing.assert_allclose(line.get_ydata(), values)
         assert line.get_color() == COLORS["secondary"]
-    np.testing.assert_allclose(lines(axes, "ordinary")[0].get_ydata(), found.ordinary_band()[0])
+    np.testing.assert_allclose(lines(axes, "ordinary")[0].get_ydata(), result.ordinary_band()[0])
     diamonds = sorted(y for line in lines(axes, "emergence") for y in line.get_ydata())
-    known = found.emergence_cosine[~found.emergence_cosine.isnan()]
+    known = result.emergence_cosine[~result.emergence_cosine.isnan()]
     np.testing.assert_allclose(diamonds, known.sort().values)
     assert [text.get_text() for text in axes.get_xticklabels()] == list(GATED)
 
@@ -218,39 +209,41 @@ def test_stages_are_the_numbers_in_the_colors_of_the_kinds():
 def test_response_has_a_column_for_each_component_and_its_tokens():
     response = response_of(6)
     for number in range(6):
-        axes = panel(FIGURES["response 6"], f"norm {number + 1}")
+        axes = panel(drawn("response 6"), f"norm {number + 1}")
         curve = lines(axes, "curve")[0]
         np.testing.assert_allclose(curve.get_xdata(), response.alphas[number])
         np.testing.assert_allclose(curve.get_ydata(), response.norm[number])
-        assert len(lines(axes, "secondary")[0].get_xdata()) == int(response.is_sink.sum())
-    assert len(FIGURES["response 20"].axes) == 16, "at most 8 columns"
+        assert len(lines(axes, "secondary")[0].get_xdata()) == int(response.selected.sum())
+    assert len(drawn("response 20").axes) == 16, "at most 8 columns"
 
 
 def test_neurons_show_how_few_and_what_is_left():
-    found = neurons_of(5)
-    axes = panel(FIGURES["neurons 5"], "cumulative")
+    result = neurons_of(5)
+    axes = panel(drawn("neurons 5"), "cumulative")
     marks = [line.get_xdata()[0] for line in lines(axes, "k")]
-    assert marks == [sink.k for sink in found.sinks]
+    assert marks == [sink.k for sink in result.sinks]
     assert all(line.get_ydata()[-1] == pytest.approx(1) for line in lines(axes, "sink"))
-    axes = panel(FIGURES["neurons 5"], "tests")
+    axes = panel(drawn("neurons 5"), "tests")
     gone, alive = lines(axes, "ablate_top gone")[0], lines(axes, "keep_top sink")[0]
     assert (len(gone.get_xdata()), len(alive.get_xdata())) == (5, 5)
     assert gone.get_markerfacecolor() == "none"
-    image = panel(FIGURES["neurons 5"], "shared").images[0].get_array()
+    image = panel(drawn("neurons 5"), "shared").images[0].get_array()
     assert image.shape[0] == 5
     assert image[:, 0].min() > 0.5, "the first column is the neuron that all share"
 
 
 def test_inputs_show_the_largest_parts():
-    found = neurons_of(5)
-    axes = panel(FIGURES["inputs 5"], "gate")
+    result = neurons_of(5)
+    axes = panel(drawn("inputs 5"), "gate")
     assert len(lines(axes, "sink")) == 5
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert len(names) == 24
     assert names == sorted(names, key=PARTS.index), "in the order of computation"
-    assert found.plot_inputs(neuron=17).axes
+    assert result.plot_inputs(neuron=17).axes
     with pytest.raises(ss.InputError, match="neuron 5 were not split"):
-        found.plot_inputs(neuron=5)
+        result.plot_inputs(neuron=5)
+    with pytest.raises(ss.InputError, match="NeuronContributions has no figure 'unknown'"):
+        result.plot(figure="unknown")
 
 
 @pytest.mark.parametrize("size", [0, -1, float("nan")])
