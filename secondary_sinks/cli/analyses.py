@@ -75,7 +75,7 @@ class Analysis:
 ANALYSES: tuple[Analysis, ...] = (
     Analysis(
         "attribute_to_mlps",
-        "analyses.attribution.attribute_to_mlps",
+        "analyses.attribute_to_mlps",
         "map and sinks",
         "Name the MLP that wrote each sink, and those that it needs.",
         (CONTROLS, SEED),

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from secondary_sinks.analyses.attribution.attribution_result import MlpAttribution
+from secondary_sinks.analyses.attribute_to_mlps import MlpAttribution
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.sink_rows import SinkRows, outline
 from secondary_sinks.plots.style import add_panel, new_figure, styled

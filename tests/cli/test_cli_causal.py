@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import secondary_sinks as ss
-from secondary_sinks.analyses.attribution.attribution_result import MlpAttribution
+from secondary_sinks.analyses.attribute_to_mlps import MlpAttribution
 from secondary_sinks.analyses.dose_response import DoseResponse
 from secondary_sinks.analyses.patch_activations import PatchResult
 from secondary_sinks.analyses.remove_sinks import SinkRemoval
