@@ -98,7 +98,8 @@ def same_token_controls(
     """Draw ordinary tokens with the token id of a sink, in order of position; the arguments are
     those of `matched_controls`."""
     ordinary = ordinary_tokens(sink_map)
-    ordinary[-1] = False  # no later token shows what becomes of it
+    # A chosen token is ordinary, and the last token has no later one that shows its effect.
+    ordinary[[sink.position, -1]] = False
     same = (ordinary & (sink_map.array("tokens") == sink.token_id)).nonzero().flatten().numpy()
     rng = np.random.default_rng([*seed, sink.position, sink.l_start, 0])
     return tuple(sorted(rng.permutation(same)[:n].tolist()))
