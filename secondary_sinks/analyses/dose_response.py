@@ -101,11 +101,10 @@ def dose_response(
     run = partial(counterfactuals, model, sink_map, progress=progress, fwd_hooks=fwd_hooks)
     interventions = [Intervention("mlp_out", layer, position, Scale(dose)) for dose in doses]
     rows = run(interventions, method=method)
-    collectors = [Norms("mlp_out", "mlp")]
-    tokens = cast(Tensor, sink_map.tokens)
-    norms = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))["mlp"]
+    tokens, collectors = sink_map.array("tokens"), [Norms("mlp_out", "mlp")]
+    clean = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
     dose_tensor = torch.tensor(doses)
-    written_norm = dose_tensor.abs() * norms[layer, position]
+    written_norm = dose_tensor.abs() * clean["mlp"][layer, position]
     is_sink = torch.zeros_like(rows.is_sink)
     is_sink[:, target.phase] = rows.is_sink[:, target.phase]
     return DoseResponse(

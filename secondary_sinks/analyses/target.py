@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.counterfactuals import CounterfactualRows
 from secondary_sinks.sinks.controls import matched_controls, phase_of, same_token_controls
 from secondary_sinks.sinks.sink import Sink
@@ -88,24 +87,23 @@ class Target:
 
     def clean_norm(self) -> float:
         """Residual norm of the unedited token, mean over the life."""
-        return self._life_mean(CleanRun(self.sink_map).geometry.norm)
+        return self._life_mean(self.sink_map.array("norm"))
 
     def clean_alignment(self) -> float:
         """Centered alignment of the unedited token, mean over the life."""
-        return self._life_mean(CleanRun(self.sink_map).geometry.centered_alignment)
+        return self._life_mean(self.sink_map.array("centered_alignment"))
 
     def clean_length(self) -> float:
         """Length of the unedited token, mean over the life."""
-        return self._life_mean(self._clean_length)
+        return self._life_mean(self._clean_lengths)
 
     def clean_onset_length(self) -> Float[Tensor, " token"]:
         """Length of every unedited token after the onset layer."""
-        return self._clean_length[self.sink.l_start]
+        return self._clean_lengths[self.sink.l_start]
 
     @property
-    def _clean_length(self) -> Float[Tensor, " layer token"]:
-        clean = CleanRun(self.sink_map).geometry
-        return clean.centered_norm * clean.centered_alignment
+    def _clean_lengths(self) -> Float[Tensor, " layer token"]:
+        return self.sink_map.array("centered_norm") * self.sink_map.array("centered_alignment")
 
     def _life_mean(self, values: Float[Tensor, " layer token"]) -> float:
         return float(values[self.life, self.sink.position].mean())
