@@ -7,7 +7,7 @@ The answer takes four steps, each of which can be read by itself:
 2. `_Plan` lists the interventions, one row each: every layer's MLP and attention output ablated at
    the sink's token, every layer's MLP output transplanted into ordinary tokens, and the controls of
    the candidate. `counterfactuals` runs them all.
-3. `_Plan` reads the rows back, by means of `analyses.target`.
+3. `_Plan` reads the rows back; `analyses.target` measures them.
 4. `sinks.writers` names the writer and its feeders (`judge`), and compares the candidate with its
    controls (`compare`).
 """
@@ -15,6 +15,7 @@ The answer takes four steps, each of which can be read by itself:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -154,7 +155,7 @@ def attribute_to_mlps(
     )
     ablations = plan.ablations(rows)
     transplant = plan.transplant(rows)
-    controls = plan.controls(rows)
+    controls = [plan.controls(rows, index) for index in range(len(targets))]
     return MlpAttribution(
         sinks=tuple(
             _record(index, target, ablations, transplant, writes, controls[index], seed)
@@ -166,7 +167,7 @@ def attribute_to_mlps(
         attention_mean=ablations.get("attention_mean"),
         transplant=transplant,
         direct_write=writes,
-        controls=tuple(control for of_sink in controls for control in of_sink),
+        controls=tuple(itertools.chain.from_iterable(controls)),
         primary_position=sink_map.primary_position,
         provenance=sink_map.provenance.extended(engine=rows.engine, seed=seed),
     )
@@ -215,7 +216,7 @@ class SinkAttribution:
     token: str
     token_id: int
     kind: Kind
-    """"chosen" for a token that is not a sink; "the life" is then that of `SinkMap.select`."""
+    """"chosen" for a token that is not a sink: its "life" is the layers of `SinkMap.select`."""
     onset: int
     lifetime: int
     """0 for a token that is not a sink."""
@@ -406,19 +407,7 @@ class _Plan:
                     for target in targets
                 ]
             )
-        self._transplant_rows: list[Int[Tensor, " layer matched"]] = [
-            torch.tensor(
-                [
-                    [
-                        self._add("mlp_out", layer, position, Resample(target.sink.position))
-                        for position in target.matched
-                    ]
-                    for layer in layers
-                ],
-                dtype=torch.long,
-            )
-            for target in targets
-        ]
+        self._transplant_rows = [self._transplants(target, layers) for target in targets]
         self._control_rows = [
             [
                 *self._layer_controls(index, candidate, n_controls, seed),
@@ -431,6 +420,13 @@ class _Plan:
         """Add an intervention; returns its row."""
         self.interventions.append(Intervention(site, layer, position, edit))
         return len(self.interventions) - 1
+
+    def _transplants(self, target: Target, layers: range) -> Int[Tensor, " layer matched"]:
+        edit = Resample(target.sink.position)
+        return torch.tensor(
+            [[self._add("mlp_out", m, p, edit) for p in target.matched] for m in layers],
+            dtype=torch.long,
+        )
 
     def _layer_controls(
         self, index: int, candidate: int, n_controls: int, seed: int
@@ -469,67 +465,61 @@ class _Plan:
     def ablations(self, rows: CounterfactualRows) -> dict[str, Ablation]:
         """What each ablation did, by its name in `ABLATIONS`."""
         return {
-            name: Ablation(
-                *_stacked(
-                    (
-                        rows.centered_alignment[index][:, target.life].mean(dim=1),
-                        rows.norm[index][:, target.life].mean(dim=1),
-                        target.length(rows)[index],
-                        target.lifetime(rows)[index],
-                        target.score(rows)[index],
-                    )
-                    for target, index in zip(self._targets, row_of_layer, strict=True)
-                )
-            )
-            for name, row_of_layer in self._ablation_rows.items()
+            name: Ablation(**_stacked(self._measured(rows, sink_rows)))
+            for name, sink_rows in self._ablation_rows.items()
         }
 
     def transplant(self, rows: CounterfactualRows) -> Transplant:
         """What the transplants did."""
-        effects = []
-        for target, index in zip(self._targets, self._transplant_rows, strict=True):
-            lifetime = target.lifetime(rows)[index].float()
-            score = target.score(rows)[index]
-            effects.append(((lifetime > 0).float().mean(1), lifetime.mean(1), score.mean(1)))
-        return Transplant(*_stacked(effects))
+        means = [
+            {
+                "share": (measured["lifetime"] > 0).float().mean(dim=1),
+                "lifetime": measured["lifetime"].float().mean(dim=1),
+                "score": measured["score"].mean(dim=1),
+            }
+            for measured in self._measured(rows, self._transplant_rows)
+        ]
+        return Transplant(**_stacked(means))
 
-    def controls(self, rows: CounterfactualRows) -> list[list[Control]]:
-        """The controls of each sink."""
+    def _measured(
+        self, rows: CounterfactualRows, sink_rows: Iterable[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """The measures of each sink's rows."""
         return [
-            _controls(index, target, rows, self._control_rows[index])
-            for index, target in enumerate(self._targets)
+            target.measure(rows, index)
+            for target, index in zip(self._targets, sink_rows, strict=True)
         ]
 
-
-def _stacked(of_sinks: Iterable[tuple[Tensor, ...]]) -> list[Float[Tensor, " sink layer"]]:
-    """The fields of a result from those of its sinks."""
-    return [torch.stack(field) for field in zip(*of_sinks, strict=True)]
-
-
-def _controls(
-    index: int, target: Target, rows: CounterfactualRows, control_rows: Sequence[_ControlRow]
-) -> list[Control]:
-    length, clean_length = target.onset_length(rows), target.clean_onset_length()
-    lifetime = target.lifetime(rows)
-    controls = []
-    for row, test, kind in control_rows:
-        intervention = rows.rows[row][0]
-        layer, position, edit = intervention.layer, intervention.position, intervention.edit
-        gain = float(length[row]) - float(clean_length[position])
-        controls.append(
-            Control(
-                sink=index,
-                test=test,
-                kind=kind,
-                layer=layer,
-                position=position,
-                source=edit.position if isinstance(edit, Resample) else -1,
-                effect=gain if test == "sufficiency" else -gain,
-                at_once=bool(rows.is_sink[row, layer]),
-                lifetime=int(lifetime[row]),
+    def controls(self, rows: CounterfactualRows, index: int) -> list[Control]:
+        """The controls of one sink."""
+        target = self._targets[index]
+        onset, sink_map = target.sink.l_start, target.sink_map
+        length = rows.centered_norm[:, onset] * rows.centered_alignment[:, onset]
+        clean = sink_map.array("centered_norm") * sink_map.array("centered_alignment")
+        controls = []
+        for row, test, kind in self._control_rows[index]:
+            intervention = rows.rows[row][0]
+            layer, position, edit = intervention.layer, intervention.position, intervention.edit
+            gain = float(length[row]) - float(clean[onset, position])
+            controls.append(
+                Control(
+                    sink=index,
+                    test=test,
+                    kind=kind,
+                    layer=layer,
+                    position=position,
+                    source=edit.position if isinstance(edit, Resample) else -1,
+                    effect=gain if test == "sufficiency" else -gain,
+                    at_once=bool(rows.is_sink[row, layer]),
+                    lifetime=int(rows.is_sink[row, target.phase].sum()),
+                )
             )
-        )
-    return controls
+        return controls
+
+
+def _stacked(of_sinks: Sequence[dict[str, Tensor]]) -> dict[str, Float[Tensor, " sink layer"]]:
+    """The fields of a result from those of its sinks."""
+    return {name: torch.stack([sink[name] for sink in of_sinks]) for name in of_sinks[0]}
 
 
 def _record(

@@ -105,6 +105,7 @@ def dose_response(
     clean = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
     dose_tensor = torch.tensor(doses)
     written_norm = dose_tensor.abs() * clean["mlp"][layer, position]
+    measured = target.measure(rows, torch.arange(len(rows)))
     is_sink = torch.zeros_like(rows.is_sink)
     is_sink[:, target.phase] = rows.is_sink[:, target.phase]
     return DoseResponse(
@@ -125,8 +126,8 @@ def dose_response(
             if totals
             else torch.full(rows.norm.shape, torch.nan)
         ),
-        score_correlation=spearman(written_norm, target.score(rows), seed=seed),
-        lifetime_correlation=spearman(written_norm, is_sink.sum(dim=1).float(), seed=seed),
+        score_correlation=spearman(written_norm, measured["score"], seed=seed),
+        lifetime_correlation=spearman(written_norm, measured["lifetime"].float(), seed=seed),
         provenance=sink_map.provenance.extended(engine=rows.engine, seed=seed),
     )
 

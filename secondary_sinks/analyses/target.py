@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from secondary_sinks.intervene.counterfactuals import CounterfactualRows
@@ -18,9 +18,8 @@ from secondary_sinks.sinks.sink_map import SinkMap
 class Target:
     """A sink, or a chosen token, and the ordinary tokens that it is compared with.
 
-    Its measures are means over the layers of the clean sink's life (of a chosen token: the layers
-    that `SinkMap.select` gave it). A *length* is that of a residual along the sink direction:
-    centered norm times centered alignment.
+    *The life* is that of the clean sink, or the layers that `SinkMap.select` gave a chosen token. A
+    *length* is that of a residual along the sink direction: centered norm times centered alignment.
     """
 
     sink: Sink
@@ -54,22 +53,23 @@ class Target:
         depth = int(self.sink_map.n_layers or 0)
         return [layer + 1 for layer in self.sink.layers if layer + 1 < depth]
 
-    def lifetime(self, rows: CounterfactualRows) -> Int[Tensor, " row"]:
-        """Number of layers of the phase after which each row's token is a sink."""
-        return rows.is_sink[:, self.phase].sum(dim=1)
+    def measure(
+        self, rows: CounterfactualRows, index: Int[Tensor, " *rows"]
+    ) -> dict[str, Shaped[Tensor, " *rows"]]:
+        """Alignment, norm, length, lifetime and score of some of the rows.
 
-    def score(self, rows: CounterfactualRows) -> Float[Tensor, " row"]:
-        """Direct sink score of each row, mean over heads and the layers that show the life."""
-        return rows.direct_score[:, self.shown].mean(dim=(1, 2))
-
-    def length(self, rows: CounterfactualRows) -> Float[Tensor, " row"]:
-        """Length of each row, mean over the life."""
-        return (rows.centered_norm * rows.centered_alignment)[:, self.life].mean(dim=1)
-
-    def onset_length(self, rows: CounterfactualRows) -> Float[Tensor, " row"]:
-        """Length of each row after the onset layer."""
-        onset = self.sink.l_start
-        return rows.centered_norm[:, onset] * rows.centered_alignment[:, onset]
+        The lifetime counts layers of the phase after which the token is a sink; the score is the
+        mean direct score over heads and the layers that show the life; the others are means over
+        the life.
+        """
+        norm, alignment = rows.centered_norm[index], rows.centered_alignment[index]
+        return {
+            "alignment": alignment[..., self.life].mean(dim=-1),
+            "norm": rows.norm[index][..., self.life].mean(dim=-1),
+            "length": (norm * alignment)[..., self.life].mean(dim=-1),
+            "lifetime": rows.is_sink[index][..., self.phase].sum(dim=-1),
+            "score": rows.direct_score[index][..., self.shown, :].mean(dim=(-2, -1)),
+        }
 
     @property
     def clean_lifetime(self) -> int:
@@ -95,15 +95,8 @@ class Target:
 
     def clean_length(self) -> float:
         """Length of the unedited token, mean over the life."""
-        return self._life_mean(self._clean_lengths)
-
-    def clean_onset_length(self) -> Float[Tensor, " token"]:
-        """Length of every unedited token after the onset layer."""
-        return self._clean_lengths[self.sink.l_start]
-
-    @property
-    def _clean_lengths(self) -> Float[Tensor, " layer token"]:
-        return self.sink_map.array("centered_norm") * self.sink_map.array("centered_alignment")
+        norm = self.sink_map.array("centered_norm")
+        return self._life_mean(norm * self.sink_map.array("centered_alignment"))
 
     def _life_mean(self, values: Float[Tensor, " layer token"]) -> float:
         return float(values[self.life, self.sink.position].mean())

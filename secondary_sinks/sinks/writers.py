@@ -41,17 +41,14 @@ from secondary_sinks.statistics import (
 )
 
 MIN_TRANSPLANTS = 0.5
-
 """Share of the transplants that must make a sink for a layer's output to count as sufficient."""
 
 MAX_LEFT = 0.25
-
 """A layer is necessary if at most this share of the sink's length along the sink direction is left
-without it. "No sink at all" would ask too much: the thresholds of detection let a remnant a tenth
-as long as the sink pass for one in some layers."""
+without it. To require that there is no sink at all would be too strict: in some layers a remnant a
+tenth as long as the sink passes the thresholds of detection."""
 
 CO_WRITER = 0.5
-
 """An upstream layer without which the sink does not arise is a feeder if it writes less than this
 share of what the writer writes, and a co-writer otherwise."""
 
