@@ -1,9 +1,7 @@
 """The public names, for type checkers and for `lazy_loader`, which imports them on first use."""
 
-from .analyses.attribution.attribute_to_mlps import attribute_to_mlps as attribute_to_mlps
-from .analyses.attribution.attribution_result import MlpAttribution as MlpAttribution
-from .analyses.attribution.pool_attributions import PooledAttribution as PooledAttribution
-from .analyses.attribution.pool_attributions import pool_attributions as pool_attributions
+from .analyses.attribute_to_mlps import MlpAttribution as MlpAttribution
+from .analyses.attribute_to_mlps import attribute_to_mlps as attribute_to_mlps
 from .analyses.decomposition.decomposition_result import SinkDecomposition as SinkDecomposition
 from .analyses.decomposition.sink_decomposition import sink_decomposition as sink_decomposition
 from .analyses.dose_response import DoseResponse as DoseResponse
@@ -26,6 +24,8 @@ from .analyses.patch_activations import PatchResult as PatchResult
 from .analyses.patch_activations import patch_activations as patch_activations
 from .analyses.path_effect import PathEffect as PathEffect
 from .analyses.path_effect import path_effect as path_effect
+from .analyses.pool_attributions import PooledAttribution as PooledAttribution
+from .analyses.pool_attributions import pool_attributions as pool_attributions
 from .analyses.primary_weakening import PrimaryWeakening as PrimaryWeakening
 from .analyses.primary_weakening import primary_weakening as primary_weakening
 from .analyses.remove_sinks import SinkRemoval as SinkRemoval

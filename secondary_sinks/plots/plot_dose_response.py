@@ -1,9 +1,8 @@
-"""A dose-response as a picture: what the sink is, over the norm that its writer writes.
+"""What becomes of a sink, over the norm that its writer writes.
 
 Four panels over the written norm: attention drawn, norm of the residual, alignment, lifetime. The
-dashed line is the dose of the clean run. Points in the first panel are total scores, where they
-were measured: they lie on the curve as far as attention follows the path through the token's own
-keys.
+dashed line is the clean run. Crosses in the first panel are total scores, where they were measured:
+they lie on the curve as far as attention follows the path through the token's own keys.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ _LEFT, _TOP, _BOTTOM, _GAP, _RIGHT = 0.6, 0.4, 0.5, 0.6, 0.15  # inches
 
 
 def plot_dose_response(curve: DoseResponse, *, panel: float = 1.6) -> Figure:
-    """Score, norm, alignment and lifetime over the written norm.
+    """Draw score, norm, alignment and lifetime over the written norm.
 
     Norm and alignment are those after the onset layer; the score is the mean over heads and the
     layers that show the clean sink's life.
 
     Args:
-        curve: the doses of one sink.
+        curve: the doses of one token.
         panel: width of a panel in inches.
 
     Returns:
@@ -36,7 +35,7 @@ def plot_dose_response(curve: DoseResponse, *, panel: float = 1.6) -> Figure:
         InputError: a `panel` that is not above 0.
     """
     if not panel > 0:
-        raise InputError(f"panel is {panel} inches; it must be above 0")
+        raise InputError(f"panel must be above 0 inches, got {panel}")
     frame = curve.to_frame().sort_values("written_norm")
     height = 0.85 * panel
     panels = (
@@ -57,7 +56,6 @@ def plot_dose_response(curve: DoseResponse, *, panel: float = 1.6) -> Figure:
                 color=COLORS["secondary"],
                 marker="o",
                 markersize=2.5,
-                drawstyle="default",
             )
             _finish(axes, curve, label)
             if column == "direct_score" and frame["total_score"].notna().any():
@@ -70,13 +68,12 @@ def plot_dose_response(curve: DoseResponse, *, panel: float = 1.6) -> Figure:
                     label="total",
                 )
                 axes.legend(loc="best")
-        name = visible(curve.token, limit=12)
-        figure.text(
-            _LEFT / width,
-            1 - 0.2 / (_TOP + height + _BOTTOM),
-            f"{name} at {curve.position}, written by MLP {curve.writer}",
-            parse_math=False,
+        title = (
+            f"{visible(curve.token, limit=12)} at {curve.position}, output of MLP {curve.writer}"
         )
+        if curve.kind == "chosen":
+            title += ", not a sink"
+        figure.text(_LEFT / width, 1 - 0.2 / (_TOP + height + _BOTTOM), title, parse_math=False)
     return figure
 
 
@@ -85,8 +82,8 @@ def _finish(axes: Axes, curve: DoseResponse, label: str) -> None:
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=label.startswith("lifetime")))
-    dosed = curve.scales.abs() > 0
-    if dosed.any():
-        clean = float((curve.written_norm[dosed] / curve.scales[dosed].abs()).mean())
+    scaled = curve.scales.abs() > 0
+    if scaled.any():
+        clean = float((curve.written_norm[scaled] / curve.scales[scaled].abs()).mean())
         color = COLORS["ordinary"]
         axes.axvline(clean, color=color, linestyle="--", linewidth=0.8, gid="clean")

@@ -1,20 +1,22 @@
-"""An attribution as a picture: which layers a sink needs, and which of them writes it.
+"""Which layers a sink needs, and which of them writes it.
 
-Two heat maps side by side, one row a sink and one column a layer. On the left, necessity: the share
-of the sink's length along the sink direction that is lost when that MLP's output at its token is
-zeroed; on the right, the
-direct write: what that MLP adds along the sink direction, over the residual's own projection after
-the onset (both beyond ordinary tokens). The writer is the cell that is dark in both, and outlined;
-feeders are dark on the left alone.
+Two heat maps, one row a sink and one column a layer. On the left, necessity: the share of the
+sink's length along the sink direction that is lost when that MLP's output at its token is zeroed.
+On the right, the direct write: what that MLP adds along the sink direction, over the residual's
+projection after the onset (both beyond ordinary tokens). The writer is dark in both maps, and
+outlined; feeders are dark on the left alone. Cells are empty where a token has nothing to lose: it
+may not be a sink.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from secondary_sinks.analyses.attribution.attribution_result import MlpAttribution
+from secondary_sinks.analyses.attribute_to_mlps import MlpAttribution
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.sink_rows import SinkRows, outline
 from secondary_sinks.plots.style import add_panel, new_figure, styled
@@ -23,10 +25,10 @@ _TOP, _BOTTOM, _GAP, _RIGHT, _BAR = 0.35, 0.45, 0.3, 0.15, 0.08  # inches
 
 
 def plot_mlp_attribution(attribution: MlpAttribution, *, cell: float = 0.11) -> Figure:
-    """Heat maps of necessity and of direct write, sinks by layers, with the writers outlined.
+    """Draw necessity and direct write, sinks by layers, with the writers outlined.
 
     Args:
-        attribution: at most 60 sinks of it are drawn, from the first.
+        attribution: its first 60 sinks are drawn.
         cell: width of a layer in inches.
 
     Returns:
@@ -36,7 +38,7 @@ def plot_mlp_attribution(attribution: MlpAttribution, *, cell: float = 0.11) -> 
         InputError: a `cell` that is not above 0.
     """
     if not cell > 0:
-        raise InputError(f"cell is {cell} inches; it must be above 0")
+        raise InputError(f"cell must be above 0 inches, got {cell}")
     rows = SinkRows.of(attribution.sinks)
     left = rows.label_width + 0.3
     width, height = max(attribution.n_layers * cell, 1.9), max(rows.height, 0.5)
@@ -65,21 +67,29 @@ def plot_mlp_attribution(attribution: MlpAttribution, *, cell: float = 0.11) -> 
             for row, sink in enumerate(attribution.sinks[: len(rows)]):
                 if sink.writer is not None:
                     outline(axes, row, sink.writer, "secondary", "writer")
-            place = add_panel(figure, x + width + 0.1, _TOP, _BAR, height)
-            bar = figure.colorbar(image, cax=place, ticks=[least, 0, 1] if least else [0, 1])
+            bar_axes = add_panel(figure, x + width + 0.1, _TOP, _BAR, height)
+            bar = figure.colorbar(image, cax=bar_axes, ticks=[least, 0, 1] if least else [0, 1])
             bar.outline.set_linewidth(0.4)
         rows.tell_left_out(figure)
     return figure
 
 
 def _length_lost(attribution: MlpAttribution) -> np.ndarray:
-    clean = np.array([sink.length for sink in attribution.sinks])[:, None]
-    lost: np.ndarray = 1 - attribution.mlp_zero.length.numpy() / clean
+    lengths = [sink.length for sink in attribution.sinks]
+    lost: np.ndarray = 1 - attribution.mlp_zero.length.numpy() / _wholes(lengths)
     return lost.clip(0, 1)
 
 
 def _write_share(attribution: MlpAttribution) -> np.ndarray:
     written = attribution.direct_write
-    whole = [written.excess_projection[i, s.onset] for i, s in enumerate(attribution.sinks)]
-    share: np.ndarray = written.excess.numpy() / np.array(whole)[:, None]
+    projections = [
+        float(written.excess_projection[index, sink.onset])
+        for index, sink in enumerate(attribution.sinks)
+    ]
+    share: np.ndarray = written.excess.numpy() / _wholes(projections)
     return share.clip(-1, 1)
+
+
+def _wholes(values: Iterable[float]) -> np.ndarray:
+    """What shares are taken of, a row each; NaN where it is not above zero."""
+    return np.array([[value if value > 0 else np.nan] for value in values])

@@ -95,7 +95,9 @@ def same_token_controls(
 ) -> tuple[int, ...]:
     """Draw ordinary tokens with the token id of a sink, in order of position; the arguments are
     those of `matched_controls`."""
-    same = _same_tokens(sink_map, [sink.token_id]).nonzero().flatten().numpy()
+    allowed = _same_tokens(sink_map, [sink.token_id])
+    allowed[sink.position] = False  # a chosen token is ordinary itself
+    same = allowed.nonzero().flatten().numpy()
     rng = np.random.default_rng([*seed, sink.position, sink.l_start, 0])
     return tuple(sorted(rng.permutation(same)[:n].tolist()))
 

@@ -122,6 +122,6 @@ def test_smollm_the_sinks_of_the_first_phase(smollm):
     assert strongest.sink_score > 0.5 * primary.sink_score
     by_norm = sorted(the, key=lambda s: s.norm)
     assert by_norm[-1] == strongest, "the longest vector draws the most attention"
-    reference = ss.detect_sinks(smollm, POEM, criterion="published")
-    assert reference.phases[0][0] == 11, "the published rule looks at the larger rise only"
-    assert not {s.position for s in the} & {s.position for s in reference.sinks}
+    published = ss.detect_sinks(smollm, POEM, criterion="published")
+    assert published.phases[0][0] == 11, "the published rule looks at the larger rise only"
+    assert not {s.position for s in the} & {s.position for s in published.sinks}
