@@ -13,7 +13,9 @@ a site: `"blocks.3.hook_resid_post"` is `Site("resid_post", 3)`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -63,12 +65,42 @@ FINAL_NORM = "final_norm"
 Hugging Face calls `hidden_states[-1]`. No hook has this value in both generations, so it is read
 by an ordinary module hook."""
 
+_HOOK_OF_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
+
 
 class Site(NamedTuple):
     """A place in the model where an activation can be read."""
 
     name: str
     layer: int | None = None
+
+
+def site_named(name: str) -> Site:
+    """The site that a user names, without a layer if the name is that of a site in every layer.
+
+    Args:
+        name: a site of `SITE_HOOKS`, `final_norm`, or TransformerLens' name of one layer's hook.
+
+    Raises:
+        InputError: an unknown name; the message offers the nearest ones.
+    """
+    match = _HOOK_OF_LAYER.fullmatch(name)
+    if match and match[2] in _SITE_OF_HOOK:
+        return Site(_SITE_OF_HOOK[match[2]], int(match[1]))
+    if name in SITE_HOOKS or name == FINAL_NORM:
+        return Site(name)
+    if match:
+        nearest = get_close_matches(match[2], _SITE_OF_HOOK)
+        nearest = [f"blocks.{match[1]}.{hook}" for hook in nearest]
+    else:
+        nearest = get_close_matches(name, [*SITE_HOOKS, FINAL_NORM])
+    offer = (
+        f"did you mean {' or '.join(map(repr, nearest))}?"
+        if nearest
+        else f"the sites are {', '.join(SITE_HOOKS)} and {FINAL_NORM}, or the name of one layer's "
+        "hook of these, such as 'blocks.3.hook_resid_post'"
+    )
+    raise InputError(f"no site {name!r}; {offer}")
 
 
 def missing_sites(model: Any, sites: Iterable[Site]) -> list[Site]:
