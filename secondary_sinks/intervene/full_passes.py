@@ -8,8 +8,7 @@ edited token's keys, so that only the path from the token's residual through its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from secondary_sinks.host.forward import Editor, forward
+from secondary_sinks.host.forward import Editor
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.interventions import Row
-from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks
-from secondary_sinks.intervene.whole_text import output_change
-from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
-from secondary_sinks.observe.attention_path import (
-    Receive,
-    path_of_attention,
-    streamed_attention,
-)
+from secondary_sinks.intervene.rows import RowStates, edit_hooks
+from secondary_sinks.intervene.whole_text import TextState, measured_pass
+from secondary_sinks.observe.attention_path import path_of_attention
 
 
 @dataclass(frozen=True)
@@ -92,13 +86,8 @@ def run_full(
 def _one_row(
     model: Any, clean: CleanRun, row: Row, fwd_hooks: Sequence[UserHook], totals: bool
 ) -> tuple[RowStates, TotalEffects | None]:
-    n_layers, n_tokens = clean.n_layers, len(clean.tokens)
     position = row[0].position
-    place: Place = (1, position)
-    meter = RowMeter(clean, [place])
     keys: dict[int, Tensor] = {}
-    score = torch.zeros(1, n_layers, n_tokens)
-    n_later = torch.arange(n_tokens - 1, -1, -1)
 
     def key_reader(layer: int) -> Editor:
         def read(activation: Tensor) -> None:
@@ -106,42 +95,39 @@ def _one_row(
 
         return read
 
-    def take_score(layer: int, columns: list[AttentionColumns]) -> None:
-        score[0, layer] = columns[1].received.mean(dim=0).cpu() / n_later
-
     editors = [
-        *edit_hooks([row], [place], clean),
-        *meter.editors(),
-        *((Site("k", layer), key_reader(layer)) for layer in range(n_layers)),
+        *edit_hooks([row], [(1, position)], clean),
+        *((Site("k", layer), key_reader(layer)) for layer in range(clean.n_layers)),
     ]
-    logits = _run_twice(model, clean, editors, take_score, fwd_hooks, logits=totals)
-    direct = _direct_score(model, clean, position, keys, fwd_hooks)
-    state = meter.states(torch.tensor([position]), direct)
-    if logits is None:
-        return state, None
-    unedited, edited = (output_change(logits[0], text, clean.tokens) for text in logits)
-    effects = TotalEffects(
-        sink_score=score,
-        loss=torch.tensor([edited.loss]),
-        clean_loss=unedited.loss,
-        kl=torch.tensor([edited.kl]),
-        top1_changed=torch.tensor([edited.top1_share]),
+    unedited, edited = _pass_with_copy(model, clean, editors, fwd_hooks, output=totals)
+    frozen = _with_clean_queries(model, clean, position, keys, fwd_hooks)
+    states = RowStates(
+        alignment=edited.alignment[None, :, position],
+        centered_alignment=edited.centered_alignment[None, :, position],
+        norm=edited.norm[None, :, position],
+        centered_norm=edited.centered_norm[None, :, position],
+        direct_score=frozen.sink_score[None, :, :, position],
     )
-    return state, effects
+    if unedited.output is None or edited.output is None:
+        return states, None
+    effects = TotalEffects(
+        sink_score=edited.sink_score.mean(dim=1)[None],
+        loss=torch.tensor([edited.output.loss]),
+        clean_loss=unedited.output.loss,
+        kl=torch.tensor([edited.output.kl]),
+        top1_changed=torch.tensor([edited.output.top1_share]),
+    )
+    return states, effects
 
 
-def _direct_score(
+def _with_clean_queries(
     model: Any,
     clean: CleanRun,
     position: int,
     keys: dict[int, Tensor],
     fwd_hooks: Sequence[UserHook],
-) -> Float[Tensor, "1 layer head"]:
-    """Attention of clean queries to the edited token's keys, everything else clean."""
-    n_layers, n_heads, n_tokens = clean.score.shape
-    score = torch.full((1, n_layers, n_heads), torch.nan)
-    if position == n_tokens - 1:
-        return score
+) -> TextState:
+    """The text with the edited token's keys, and all else that attention uses clean."""
 
     def as_clean(activation: Tensor) -> Tensor:
         return activation[:1].expand_as(activation)
@@ -154,66 +140,24 @@ def _direct_score(
 
         return edit
 
-    def take_score(layer: int, columns: list[AttentionColumns]) -> None:
-        score[0, layer] = columns[1].received[:, position].cpu() / (n_tokens - 1 - position)
-
-    layers = range(n_layers)
+    layers = range(clean.n_layers)
     editors: list[tuple[Site, Editor]] = [
         *((Site("q", layer), as_clean) for layer in layers),
         *((Site("v", layer), as_clean) for layer in layers),
         *((Site("k", layer), key_editor(layer)) for layer in layers),
     ]
-    _run_twice(model, clean, editors, take_score, fwd_hooks)
-    return score
+    return _pass_with_copy(model, clean, editors, fwd_hooks)[1]
 
 
-def _run_twice(
+def _pass_with_copy(
     model: Any,
     clean: CleanRun,
     editors: Sequence[tuple[Site, Editor]],
-    receive: Receive,
     fwd_hooks: Sequence[UserHook],
     *,
-    logits: bool = False,
-) -> Float[Tensor, "2 token d_vocab"] | None:
-    """One pass over the text and a copy, whose attention columns go to `receive`."""
-    tokens = clean.tokens.expand(2, -1)
-    with _columns_to(receive, model, clean, editors, fwd_hooks) as all_editors:
-        return forward(
-            model,
-            tokens,
-            all_editors,
-            fwd_hooks=fwd_hooks,
-            attention_mask=torch.ones_like(tokens),
-            logits=logits,
-        )
-
-
-@contextmanager
-def _columns_to(
-    receive: Receive,
-    model: Any,
-    clean: CleanRun,
-    editors: Sequence[tuple[Site, Editor]],
-    fwd_hooks: Sequence[UserHook],
-) -> Iterator[list[tuple[Site, Editor]]]:
-    """Within the context, a pass over the text and a copy hands the columns of both to `receive`.
-
-    Yields the editors to run: those given, and readers of patterns where attention is not streamed.
-    """
+    output: bool = False,
+) -> list[TextState]:
+    """The states of the text and of a copy under editors."""
     sites = {site for site, _ in editors}
     path = path_of_attention(model, clean.tokens, "auto", sites=sites, fwd_hooks=fwd_hooks)
-    request = ColumnRequest()
-
-    def reader(layer: int) -> Editor:
-        def read(patterns: Tensor) -> None:
-            receive(layer, [AttentionColumns.of_pattern(text, request) for text in patterns])
-
-        return read
-
-    if path == "eager":
-        readers = [(Site("pattern", layer), reader(layer)) for layer in range(clean.n_layers)]
-        yield [*editors, *readers]
-    else:
-        with streamed_attention(model, [len(clean.tokens)] * 2, request, receive, path):
-            yield list(editors)
+    return measured_pass(model, clean, 1, editors, path, output=output, fwd_hooks=fwd_hooks)

@@ -40,6 +40,7 @@ from secondary_sinks.observe.attention_path import (
     path_of_attention,
     streamed_attention,
 )
+from secondary_sinks.observe.residual_geometry import TokenGeometry
 
 _COMPARED_AT_ONCE = 128  # tokens whose distributions over the vocabulary are held
 
@@ -111,7 +112,7 @@ class TextMeter:
     def __init__(self, clean: CleanRun):
         self._clean = clean
         self._score: list[Tensor] = []
-        self._residual: list[tuple[Tensor, ...]] = []
+        self._geometry: list[TokenGeometry] = []
 
     def editors(self) -> list[tuple[Site, Editor]]:
         """The functions that read every layer's pattern and residual."""
@@ -131,11 +132,20 @@ class TextMeter:
     def states(self) -> list[TextState]:
         """One state for each text of the batch."""
         score = torch.stack(self._score, dim=1)
-        norm, alignment, centered_norm, centered_alignment = (
-            torch.stack(parts, dim=1) for parts in zip(*self._residual, strict=True)
-        )
-        texts = zip(score, norm, alignment, centered_norm, centered_alignment, strict=True)
-        return [TextState(*text) for text in texts]
+        geometry = {
+            name: torch.stack([getattr(layer, name).cpu() for layer in self._geometry], dim=1)
+            for name in vars(self._geometry[0])
+        }
+        return [
+            TextState(
+                sink_score=score[text],
+                norm=geometry["norm"][text],
+                alignment=geometry["alignment"][text],
+                centered_norm=geometry["centered_norm"][text],
+                centered_alignment=geometry["centered_alignment"][text],
+            )
+            for text in range(len(score))
+        ]
 
     def _read_pattern(self, pattern: Tensor) -> None:
         weight = pattern.float()
@@ -152,14 +162,7 @@ class TextMeter:
             residual = activation.float()
             primary = self._clean.primary[layer].to(residual.device)
             common = self._clean.common[layer].to(residual.device)
-            centered = residual - common
-            measured = (
-                residual.norm(dim=-1),
-                torch.cosine_similarity(residual, primary, dim=-1),
-                centered.norm(dim=-1),
-                torch.cosine_similarity(centered, primary - common, dim=-1),
-            )
-            self._residual.append(tuple(value.cpu() for value in measured))
+            self._geometry.append(TokenGeometry.of(residual, primary, common))
 
         return read
 
@@ -264,22 +267,33 @@ def output_change(
     return OutputChange(token_loss=loss[:-1], token_kl=kl, top1_changed=changed)
 
 
-def _one_pass(
+def measured_pass(
     model: Any,
     clean: CleanRun,
-    texts: Sequence[Sequence[Intervention]],
-    output: bool,
-    logits: bool,
-    fwd_hooks: Sequence[UserHook],
+    n_copies: int,
+    editors: Sequence[tuple[Site, Editor]],
     path: AttentionPath,
+    *,
+    output: bool = False,
+    logits: bool = False,
+    fwd_hooks: Sequence[UserHook] = (),
 ) -> list[TextState]:
-    edits = [
-        (intervention, (copy, intervention.position))
-        for copy, interventions in enumerate(texts, start=1)
-        for intervention in interventions
-    ]
-    rows, places = [(intervention,) for intervention, _ in edits], [place for _, place in edits]
-    tokens = clean.tokens.expand(1 + len(texts), -1)
+    """One pass over the clean text and copies of it, whose activations functions may replace.
+
+    Args:
+        model: any TransformerLens model.
+        clean: the clean run of the text.
+        n_copies: how many copies follow the clean text in the batch.
+        editors: functions of the activations of the whole batch.
+        path: how attention is computed; see `path_of_attention`.
+        output: compare the output of each text with that of the first.
+        logits: keep the logits.
+        fwd_hooks: the user's hooks.
+
+    Returns:
+        The states of the clean text and its copies.
+    """
+    tokens = clean.tokens.expand(1 + n_copies, -1)
     meter = TextMeter(clean)
     lengths = [len(clean.tokens)] * len(tokens)
     readers = meter.editors() if path == "eager" else meter.residual_editors()
@@ -288,7 +302,7 @@ def _one_pass(
         outputs = forward(
             model,
             tokens,
-            [*edit_hooks(rows, places, clean), *readers],
+            [*editors, *readers],
             fwd_hooks=fwd_hooks,
             attention_mask=torch.ones_like(tokens),
             logits=output or logits,
@@ -304,3 +318,24 @@ def _one_pass(
         )
         for state, text in zip(states, outputs, strict=True)
     ]
+
+
+def _one_pass(
+    model: Any,
+    clean: CleanRun,
+    texts: Sequence[Sequence[Intervention]],
+    output: bool,
+    logits: bool,
+    fwd_hooks: Sequence[UserHook],
+    path: AttentionPath,
+) -> list[TextState]:
+    edits = [
+        (intervention, (copy, intervention.position))
+        for copy, interventions in enumerate(texts, start=1)
+        for intervention in interventions
+    ]
+    rows, places = [(intervention,) for intervention, _ in edits], [place for _, place in edits]
+    editors = edit_hooks(rows, places, clean)
+    return measured_pass(
+        model, clean, len(texts), editors, path, output=output, logits=logits, fwd_hooks=fwd_hooks
+    )
