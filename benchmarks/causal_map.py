@@ -39,7 +39,7 @@ def interventions(sinks: ss.SinkMap, n_layers: int) -> list[ss.Intervention]:
     controls = free[:: max(1, len(free) // 18)][:18]
     rows = []
     for sink in sinks.secondary[:7]:
-        direction = torch.zeros(int(sinks.model["d_model"]))
+        direction = torch.zeros(int(sinks.provenance.model.d_model or 0))
         direction[0] = 1.0
         edits = (ss.Zero(), ss.Mean(), ss.Scale(0.5), ss.ProjectOut(direction))
         for layer in range(n_layers):
@@ -64,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     model = ss.load_model(options.model, progress=False)
     sinks = ss.detect_sinks(model, demo_messages(), max_tokens=options.tokens)
-    rows = interventions(sinks, int(sinks.model["n_layers"]))
+    rows = interventions(sinks, int(sinks.n_layers or 0))
     ss.counterfactuals(model, sinks, rows[:2])  # the self-test, once a model
 
     keep = counterfactuals.clean_run_for_rows

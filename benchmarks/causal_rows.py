@@ -28,7 +28,7 @@ import torch
 import secondary_sinks as ss
 from secondary_sinks.intervene.engine import clean_run_for_rows
 from secondary_sinks.intervene.interventions import rows_of
-from secondary_sinks.intervene.passes import FastEngine, run_rows
+from secondary_sinks.intervene.run_rows import FastEngine, run_rows
 
 CACHED = "cached rows"
 N_SINKS = 7

@@ -9,8 +9,8 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import secondary_sinks as ss
-from secondary_sinks.intervene import chunks as module
-from secondary_sinks.intervene.hooked_rows import standing_at
+from secondary_sinks.intervene import run_rows
+from secondary_sinks.intervene.hooked_rows import placed_at
 from secondary_sinks.planted.planted_model import random_planted
 
 N = 24
@@ -54,6 +54,10 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 50, (N,), generator=torch.Generator().manual_seed(0))
 
 
+def full_passes(model, sink_map, rows):
+    return ss.counterfactuals(model, sink_map, rows, method="full", progress=False)
+
+
 def interventions(kind: str) -> list[object]:
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     rows = [
@@ -75,11 +79,11 @@ def interventions(kind: str) -> list[object]:
     return rows
 
 
-def assert_close(one, other, tolerance=1e-4):
+def assert_close(rows, expected_rows, tolerance=1e-4):
     for name in NAMES:
-        expected = getattr(other, name)
+        expected = getattr(expected_rows, name)
         scale = float(expected.abs().nan_to_num(0).max())
-        difference = (getattr(one, name) - expected).abs()
+        difference = (getattr(rows, name) - expected).abs()
         assert torch.equal(torch.isnan(difference), torch.isnan(expected)), name
         assert float(difference.nan_to_num(0).max()) < tolerance * scale, name
 
@@ -87,8 +91,9 @@ def assert_close(one, other, tolerance=1e-4):
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_equals_full(kind):
     model, rows = hooked_model(kind), interventions(kind)
-    packed = ss.counterfactuals(model, tokens(), rows)
-    full = ss.counterfactuals(model, tokens(), rows, method="full", progress=False)
+    sink_map = ss.detect_sinks(model, tokens())
+    packed = ss.counterfactuals(model, sink_map, rows)
+    full = full_passes(model, sink_map, rows)
     assert (packed.engine, full.engine) == ("packed", "full")
     assert packed.self_test < 1e-4
     assert_close(packed, full)
@@ -97,17 +102,19 @@ def test_packed_equals_full(kind):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_planted_models_in_both_generations(seed):
-    model = random_planted(seed)
-    text = model.tokens(64, seed=seed)
-    truth = model.truth(text)
-    depth = model.plan.n_layers
+    planted = random_planted(seed)
+    text = planted.tokens(64, seed=seed)
+    truth = planted.truth(text)
+    depth = planted.plan.n_layers
     sweep = [
         I("mlp_out", layer, sink.position, ss.Zero())
         for sink in truth.sinks
         for layer in range(depth)
     ] or [I("mlp_out", layer, 0, ss.Zero()) for layer in range(depth)]
-    hooked = ss.counterfactuals(model.load("hooked"), text, sweep)
-    bridge = ss.counterfactuals(model.load("bridge"), text, sweep)
+    hooked, bridge = (
+        ss.counterfactuals(model, ss.detect_sinks(model, text), sweep)
+        for model in (planted.load("hooked"), planted.load("bridge"))
+    )
     assert (hooked.engine, bridge.engine) == ("packed", "cached")
     torch.testing.assert_close(hooked.norm, bridge.norm, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(
@@ -128,9 +135,10 @@ def test_the_model_is_as_before_also_after_an_error(kind):
     def broken(value, clean, ordinary):
         raise RuntimeError("broken edit")
 
-    ss.counterfactuals(model, tokens(), [I("mlp_out", 1, 5, ss.Zero())], method="packed")
+    sink_map = ss.detect_sinks(model, tokens())
+    ss.counterfactuals(model, sink_map, [I("mlp_out", 1, 5, ss.Zero())], method="packed")
     with pytest.raises(RuntimeError, match="broken edit"):
-        ss.counterfactuals(model, tokens(), [I("mlp_out", 1, 5, broken)], method="packed")
+        ss.counterfactuals(model, sink_map, [I("mlp_out", 1, 5, broken)], method="packed")
     assert torch.equal(model(tokens()[None]), before)
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
@@ -140,7 +148,7 @@ def test_an_attribute_that_was_set_on_the_instance_is_put_back():
     model = hooked_model("learned")
     own = model.blocks[0].attn.apply_causal_mask
     model.blocks[0].attn.apply_causal_mask = own
-    with standing_at(model, torch.arange(4)):
+    with placed_at(model, torch.arange(4)):
         assert model.blocks[0].attn.apply_causal_mask is not own
     assert model.blocks[0].attn.apply_causal_mask is own
 
@@ -149,30 +157,63 @@ def test_a_users_hooks_on_embeddings_run_in_packed_passes():
     model = hooked_model("learned")
     model.add_hook("hook_pos_embed", lambda value, hook: value * 0.5)
     rows = interventions("learned")
-    packed = ss.counterfactuals(model, tokens(), rows)
+    sink_map = ss.detect_sinks(model, tokens())
+    packed = ss.counterfactuals(model, sink_map, rows)
     assert packed.engine == "packed"
-    assert_close(packed, ss.counterfactuals(model, tokens(), rows, method="full", progress=False))
+    assert_close(packed, full_passes(model, sink_map, rows))
 
 
 def test_positions_that_depend_on_the_length_are_not_packed():
     model = hooked_model("rotary")
     model.cfg.use_logn_attn = True
     model.cfg.train_seq_length = 16
-    result = ss.counterfactuals(model, tokens(), [I("mlp_out", 1, 5, ss.Zero())])
+    sink_map = ss.detect_sinks(model, tokens())
+    result = ss.counterfactuals(model, sink_map, [I("mlp_out", 1, 5, ss.Zero())])
     assert result.engine != "packed"
 
 
 def test_a_wrong_engine_is_not_believed(monkeypatch):
     model = hooked_model("grouped")
-    real = module.run_packed
+    real = run_rows.run_packed
 
     def blind(model, clean, rows, **kwargs):
         states = real(model, clean, rows, **kwargs)
         return dataclasses.replace(states, direct_score=states.direct_score * 1.01)
 
-    monkeypatch.setattr(module, "run_packed", blind)
+    monkeypatch.setattr(run_rows, "run_packed", blind)
     rows = [I("mlp_out", 1, 5, ss.Zero())]
-    result = ss.counterfactuals(model, tokens(), rows, progress=False)
+    sink_map = ss.detect_sinks(model, tokens())
+    result = ss.counterfactuals(model, sink_map, rows, progress=False)
     assert result.engine != "packed"
     with pytest.raises(ss.ModelError, match="packed rows are wrong"):
-        ss.counterfactuals(model, tokens(), rows, method="packed")
+        ss.counterfactuals(model, sink_map, rows, method="packed")
+
+
+def test_resid_mid_is_what_the_hook_of_that_name_edits():
+    """In a HookedTransformer; in a bridge that hook reaches the MLP alone."""
+    model = hooked_model("rotary")
+    sink_map = ss.detect_sinks(model, tokens())
+    vector = torch.linspace(-1, 1, model.cfg.d_model)
+    rows = ss.counterfactuals(model, sink_map, [I("resid_mid", 1, 5, ss.Replace(vector))])
+
+    def replace(value, hook):
+        value[:, 5] = vector
+        return value
+
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_mid", replace)]):
+        _, cache = model.run_with_cache(tokens()[None])
+    expected = torch.stack([cache["resid_post", layer][0, 5].norm() for layer in range(3)])
+    torch.testing.assert_close(rows.norm[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_without_an_edit_have_the_lives_of_the_map():
+    planted = random_planted(0)
+    model = planted.load("hooked")
+    sink_map = ss.detect_sinks(model, planted.tokens(64))
+    alive = torch.zeros(sink_map.n_tokens, sink_map.n_layers, dtype=torch.bool)
+    for sink in sink_map.sinks:
+        alive[sink.position, list(sink.layers)] = True
+    unedited = [I("resid_pre", 0, p, ss.Scale(1.0)) for p in range(sink_map.n_tokens)]
+    rows = ss.counterfactuals(model, sink_map, unedited)
+    assert rows.engine == "packed"
+    assert torch.equal(rows.is_sink, alive)

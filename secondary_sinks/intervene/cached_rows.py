@@ -1,23 +1,22 @@
 """Cached counterfactual rows: the edited tokens alone, over what is kept of the clean text.
 
-The trajectories of packed rows without the text behind which they are packed. The clean run is
-streamed (`observe.attention_path`), and keeps queries, keys and values of every layer, positions
-applied, and the log-sum-exp of every query. The tokens of all rows then run as one short sequence,
-in which attention is replaced: a row at position p looks at the kept keys of the tokens before p
-(those within the layer's window) and at its own key, and at no other row.
+The clean run is streamed (`observe.attention_path`), and keeps queries, keys and values of every
+layer, with positions applied, and the log-sum-exp of every query. The tokens of all rows then run
+as one short sequence, in which attention is replaced: a row at position p attends to the kept keys
+of the tokens before p (those within the layer's window) and to its own key, and to no other row.
 
     kept       queries, keys, values and log-sum-exp of 0 ... T-1, in every layer
     sequence   row 0 | row 1 | ... | the last token, unedited
     row r      repeats token p, at position p, sees kept keys 0 ... p-1 and its own
 
 So a pass costs what its rows cost, whatever the length of the text, and no pattern is ever held.
-The direct sink score follows as in packed rows: with `rest` the log-sum-exp of a clean query
+The direct sink score is computed as in packed rows: with `rest` the log-sum-exp of a clean query
 without the token's own key, and `b` its logit to the row's key, the new weight is
 `sigmoid(b - rest)`.
 
-The last token of the text is run with every pass, unedited. Positions whose scaling depends on the
-longest one are those of the text then; and if it is not what the clean run saw, the host does
-something else than this engine believes, and the pass raises.
+The last token of the text runs with every pass, unedited, for two reasons. Positions whose scaling
+depends on the longest one are those of the text; and if its residuals differ from those of the
+clean run, the model does something that this engine does not reproduce, and the pass raises.
 """
 
 from __future__ import annotations
@@ -47,19 +46,18 @@ def run_cached(model: Any, clean: CleanRun, rows: Sequence[Row]) -> RowStates:
 
     Args:
         model: a `TransformerBridge` whose attention can be replaced.
-        clean: the clean run of the text, with `kept`.
+        clean: the clean run of the text, made with `KeepText`.
         rows: what to edit.
 
     Raises:
-        ModelError: the unedited token is not the clean one.
+        ModelError: the unedited last token differs from that of the clean run.
     """
     kept = clean.kept
     if kept is None:
         raise ModelError("the clean run kept no attention; rows cannot be run without the text")
-    n_layers, n_tokens = len(kept.last), len(clean.tokens)
-    # With the last token, unedited, behind them.
+    n_rows, n_tokens = len(rows), len(clean.tokens)
     positions = torch.tensor([*(row[0].position for row in rows), n_tokens - 1])
-    places: list[Place] = [(0, index) for index in range(len(positions))]
+    places: list[Place] = [(0, index) for index in range(n_rows)]
     begin = clean.latest_begin(rows)
     residual = kept.residual_at(positions, begin)[None]
     meter = RowMeter(clean, places, begin=begin)
@@ -68,11 +66,12 @@ def run_cached(model: Any, clean: CleanRun, rows: Sequence[Row]) -> RowStates:
 
     def compare(layer: int) -> Editor:
         def read(activation: Tensor) -> None:
-            right = kept.last[layer]
-            errors.append(float((activation[0, -1] - right).norm() / right.norm()))
+            expected = kept.last[layer]
+            errors.append(float((activation[0, -1] - expected).norm() / expected.norm()))
 
         return read
 
+    layers = range(begin, clean.n_layers)
     with ExitStack() as stack:
         if begin:
             stack.enter_context(skipping(model, begin))
@@ -82,18 +81,17 @@ def run_cached(model: Any, clean: CleanRun, rows: Sequence[Row]) -> RowStates:
             clean.tokens[positions][None],
             [
                 (Site("resid_pre", begin), lambda _: residual),
-                *edit_hooks(rows, places[:-1], clean, kept.activations),
+                *edit_hooks(rows, places, clean, kept.activations),
                 *meter.editors(),
-                *((Site("resid_post", layer), compare(layer)) for layer in range(begin, n_layers)),
+                *((Site("resid_post", layer), compare(layer)) for layer in layers),
             ],
             position_ids=positions[None],
         )
     error = float(torch.tensor(errors).max())  # NaN, if there is one
     if not error <= tolerance(model):
         raise ModelError(
-            f"the last token, run alone over the kept text, is off by {error:.1e} without "
-            f"any edit: {describe(model).name!r}, or a hook on it, cannot be run that way; use "
+            f"the last token, run alone over the kept text, differs by {error:.1e} without any "
+            f"edit: {describe(model).name!r}, or a hook on it, cannot be run that way; use "
             "method='packed' or method='full'"
         )
-    states = meter.states(positions, attention.direct_score)
-    return states.take(torch.arange(len(rows)))
+    return meter.states(positions[:-1], attention.direct_score[:-1])

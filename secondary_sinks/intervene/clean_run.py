@@ -1,10 +1,9 @@
-"""The clean run of a text: what counterfactual rows are measured against and run over.
+"""The clean run of a text: what counterfactual rows are compared with and computed from.
 
-The sink map of the text says how its residuals lie to the primary's and what judges them, so an
-edited token is measured with the same direction, common component and baselines as the clean one.
-An engine may need more of the text: `KeepText` for cached rows, `KeepMasks` for packed ones. One
-pass keeps it. Either way a row is its clean token up to its first edit, and need not be computed
-before.
+The sink map of the text holds the sink direction, the common component and the criterion with its
+baselines, so an edited token is measured and judged exactly as the clean one was. Engines need more
+of the text: cached rows its queries, keys and values (`KeepText`), packed rows its attention masks
+(`KeepMasks`). One pass over the text keeps them.
 """
 
 from __future__ import annotations
@@ -30,24 +29,28 @@ from secondary_sinks.sinks.controls import ordinary_tokens
 from secondary_sinks.sinks.criterion import Criterion
 from secondary_sinks.sinks.sink_map import SinkMap
 
+MAX_RESIDUALS = 8
+"""Largest number of layers before which the whole residual stream is kept."""
+
 
 @dataclass(frozen=True)
 class KeepText:
-    """Keep what rows need that run without the text; attention is streamed."""
+    """Keep what rows need that run without the text; the attention of the pass is streamed."""
 
     positions: Iterable[int]
     """The tokens of the rows."""
     sites: Iterable[Site] = ()
-    """Whose clean activations edits look at."""
+    """Where edits use other tokens' activations."""
 
 
 @dataclass(frozen=True)
 class KeepMasks:
-    """Keep what rows need that run with the text: which keys each query sees. That is read from the
+    """Keep which keys each query sees, for rows that run with the text. It is read from the
     attention scores, so the pass is eager."""
 
     begin_at: Iterable[int] = ()
-    """Layers before which the whole residual stream is kept, for passes to begin there."""
+    """Layers before which the whole residual stream is kept, for passes to begin there; of more
+    than `MAX_RESIDUALS`, evenly spaced ones."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,20 @@ class KeptText:
 
     attention: tuple[AttentionColumns, ...]
     """Of every layer, with `inputs` and `log_sum_exp`."""
-    residual: tuple[Float[Tensor, "kept d_model"], ...]
-    """Before every layer, of the tokens that rows are of."""
-    kept: dict[int, int]
-    """Index of those tokens in `residual`."""
-    activations: dict[Site, Float[Tensor, "token *shape"]]
-    """At the sites that edits look at."""
-    last: tuple[Float[Tensor, "d_model"], ...]
+    residual: tuple[Float[Tensor, " kept d_model"], ...]
+    """Before every layer, of the rows' tokens."""
+    index_of: dict[int, int]
+    """Index in `residual` of each of these tokens, by position."""
+    activations: dict[Site, Float[Tensor, " token *shape"]]
+    """At the sites where edits use other tokens' activations."""
+    last: tuple[Float[Tensor, " d_model"], ...]
     """The last token's residual after every layer."""
 
     def residual_at(
-        self, positions: Int[Tensor, "row"], layer: int
-    ) -> Float[Tensor, "row d_model"]:
+        self, positions: Int[Tensor, " row"], layer: int
+    ) -> Float[Tensor, " row d_model"]:
         """The residual before a layer of the tokens at some positions."""
-        return self.residual[layer][[self.kept[position] for position in positions.tolist()]]
+        return self.residual[layer][[self.index_of[position] for position in positions.tolist()]]
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,11 @@ class CleanRun:
     kind_of_layer: tuple[int, ...] = ()
     """Index into `visible` of every layer."""
     residual_before: dict[int, Float[Tensor, " token d_model"]] = field(default_factory=dict)
-    """The residual stream before the layers where a pass may begin, on the model's device."""
+    """The residual stream before the layers where a pass may begin, on the layers' devices."""
     kept: KeptText | None = None
     """What cached rows run over, if kept."""
     begin_by: int | None = None
-    """A layer at which passes with rows begin at the latest; None: at their first edit."""
+    """The last layer at which passes with rows may begin; None: at their first edit."""
 
     @classmethod
     def of(
@@ -102,7 +105,7 @@ class CleanRun:
         Args:
             model: any TransformerLens model.
             sink_map: the sink map of the text.
-            fwd_hooks: the user's hooks.
+            fwd_hooks: the hooks with which the map was made.
             keep: what to keep for rows.
 
         Raises:
@@ -110,18 +113,22 @@ class CleanRun:
         """
         if keep is None:
             return cls(sink_map)
+        with_text = isinstance(keep, KeepText)
         collectors: list[Collector] = (
             [_Text(keep)] if isinstance(keep, KeepText) else [_Visible(), _Residuals(keep.begin_at)]
         )
-        attention = "streaming" if isinstance(keep, KeepText) else "auto"
-        tokens = cast(Tensor, sink_map.tokens)
-        results = cast(
-            Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks, attention=attention)
+        result = trace(
+            model,
+            sink_map.array("tokens"),
+            collectors,
+            fwd_hooks=fwd_hooks,
+            attention="streaming" if with_text else "auto",
         )
-        if isinstance(keep, KeepText):
-            return cls(sink_map, kept=results["_Text"])
-        visible, kind_of_layer = results["_Visible"]
-        return cls(sink_map, visible, kind_of_layer, results["_Residuals"])
+        kept = cast(Trace, result)
+        if with_text:
+            return cls(sink_map, kept=kept["_Text"])
+        visible, kind_of_layer = kept["_Visible"]
+        return cls(sink_map, visible, kind_of_layer, kept["_Residuals"])
 
     @property
     def tokens(self) -> Int[Tensor, " token"]:
@@ -172,10 +179,10 @@ class CleanRun:
 
     @property
     def shows_scores(self) -> bool:
-        """Whether the hook of the scores shows scores.
+        """Whether the hook of the attention scores shows scores.
 
-        In some architectures it fires after the softmax, with the weights, and nothing is hidden
-        there; then `visible` says nothing and the scores cannot be edited.
+        In some architectures it fires after the softmax, with the weights, where no key is marked
+        as hidden; then `visible` is wrong and the scores cannot be edited.
         """
         return bool(self.visible) and all(bool((~kind[0, 1:]).all()) for kind in self.visible)
 
@@ -192,13 +199,13 @@ class _Text(Collector):
 
     def __init__(self, keep: KeepText):
         self._sites = frozenset(keep.sites)
-        self._positions = sorted(set(keep.positions))
-        own = ("resid_pre", "resid_post", ATTENTION)
-        self.sites = (*own, *sorted({site.name for site in self._sites} - set(own)))
+        self._positions = set(keep.positions)
+        always = ("resid_pre", "resid_post", ATTENTION)
+        self.sites = (*always, *sorted({site.name for site in self._sites} - set(always)))
 
     def start(self, run: Run) -> None:
         # The last token is run with every pass of rows.
-        self._positions = sorted({*self._positions, run.n_tokens - 1})
+        self._kept = sorted({*self._positions, run.n_tokens - 1})
         self._attention: list[AttentionColumns] = []
         self._residual: list[Tensor] = []
         self._last: list[Tensor] = []
@@ -209,7 +216,7 @@ class _Text(Collector):
             self._attention.append(activation)
             return
         if site == "resid_pre":
-            self._residual.append(activation[self._positions])
+            self._residual.append(activation[self._kept])
         if site == "resid_post":
             self._last.append(activation[-1].clone())
         if Site(site, layer) in self._sites:
@@ -219,7 +226,7 @@ class _Text(Collector):
         return KeptText(
             attention=tuple(self._attention),
             residual=tuple(self._residual),
-            kept={position: index for index, position in enumerate(self._positions)},
+            index_of={position: index for index, position in enumerate(self._kept)},
             activations=self._activations,
             last=tuple(self._last),
         )
@@ -231,39 +238,40 @@ class _Residuals(Collector):
     sites = ("resid_pre",)
 
     def __init__(self, layers: Iterable[int]):
-        self._layers = frozenset(layers)
+        later = sorted(set(layers) - {0})  # before the first block the pass begins anyway
+        self._layers = frozenset(later[:: -(-len(later) // MAX_RESIDUALS) or 1])
 
     def start(self, run: Run) -> None:
-        self._found: dict[int, Tensor] = {}
+        self._residuals: dict[int, Tensor] = {}
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
         if layer is not None and layer in self._layers:
-            self._found[layer] = activation.clone()
+            self._residuals[layer] = activation.clone()
 
     def result(self) -> dict[int, Tensor]:
-        return self._found
+        return self._residuals
 
 
 class _Visible(Collector):
-    """Which keys each query may see, stored once for each kind of layer."""
+    """Which keys each query sees, stored once for each kind of layer."""
 
     sites = ("attn_scores",)
 
     def start(self, run: Run) -> None:
         self._kinds: list[Tensor] = []
-        self._of_layer: list[int] = []
+        self._kind_of_layer: list[int] = []
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
-        # Hidden keys have the most negative number of the dtype, or minus infinity. Every head
-        # sees the same, so the first is asked.
+        # Hidden keys have the most negative number of the dtype, or minus infinity. All heads see
+        # the same keys, so one is read.
         hidden = 0.9 * max(torch.finfo(activation.dtype).min, -1e30)
         visible = (activation[0] > hidden).cpu()
-        for index, known in enumerate(self._kinds):
-            if torch.equal(known, visible):
-                self._of_layer.append(index)
-                return
-        self._of_layer.append(len(self._kinds))
-        self._kinds.append(visible)
+        kinds = enumerate(self._kinds)
+        kind = next((index for index, known in kinds if torch.equal(known, visible)), None)
+        if kind is None:
+            kind = len(self._kinds)
+            self._kinds.append(visible)
+        self._kind_of_layer.append(kind)
 
     def result(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return tuple(self._kinds), tuple(self._of_layer)
+        return tuple(self._kinds), tuple(self._kind_of_layer)

@@ -2,12 +2,14 @@
 
 The effect of replacing an activation `a` by `b` on a number `m` is, to first order, the gradient of
 `m` at `a` times `b - a`. One forward and one backward pass give the gradient at every site, layer
-and token together, so that a scan of thousands of cells costs about three passes. How wrong it is
-depends on how far `b` is from `a`: what uses it must say so, and check some cells exactly.
+and token together, so that a scan of thousands of cells costs about three passes. The error grows
+with the distance of `b` from `a`: whoever uses the estimate must say so, and check some cells
+exactly.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
+from secondary_sinks.host.memory import input_device
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.sites import SITE_HOOKS, Site
+from secondary_sinks.host.sites import Site, hook_names, spell_site
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.whole_text import TextMeter, TextState
 
@@ -30,76 +33,75 @@ def metric_gradients(
     *,
     logits: bool = False,
     fwd_hooks: Sequence[UserHook] = (),
-) -> dict[Site, tuple[Float[Tensor, "token *shape"], Float[Tensor, "token *shape"]]]:
+) -> dict[Site, tuple[Float[Tensor, " token *shape"], Float[Tensor, " token *shape"]]]:
     """Activation and gradient of a metric at every site, from one forward and one backward pass.
 
-    Weights get no gradient and nothing stays on the model.
+    Weights get no gradient and the model is left as it was.
 
     Args:
         model: any TransformerLens model.
-        clean: the run whose text is taken, unedited.
+        clean: the clean run of the text.
         metric: one number from the state of the text, differentiable.
         sites: where the gradient is wanted.
         logits: let the metric see the logits.
-        fwd_hooks: hooks of the user's own.
+        fwd_hooks: the user's hooks.
 
     Raises:
-        ModelError: a site's hook does not fire exactly once, or the metric does not depend on
-            anything that has a gradient.
+        ModelError: the model lacks a site, a site's hook does not fire exactly once, or the metric
+            has no gradient.
     """
-    kept: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     meter = TextMeter(clean)
-    hooks: list[UserHook] = [*fwd_hooks]
-    hooks += [(_name(model, site), _keep(kept[site])) for site in sites]
-    hooks += [(_name(model, site), _read(editor)) for site, editor in meter.editors()]
-    tokens = clean.tokens[None].to(next(model.parameters()).device)
+    readers = meter.editors()
+    names = hook_names(model, [*seen, *(site for site, _ in readers)])
+    functions = [
+        *(_keeper(activations) for activations in seen.values()),
+        *(_reader(read) for _, read in readers),
+    ]
+    tokens = clean.tokens[None].to(input_device(model))
     with torch.inference_mode(False), torch.enable_grad():
         output = model.run_with_hooks(
             tokens,
-            fwd_hooks=hooks,
+            fwd_hooks=[*fwd_hooks, *zip(names, functions, strict=True)],
             return_type="logits" if logits else None,
             attention_mask=torch.ones_like(tokens),
         )
-        silent = [site for site, found in kept.items() if len(found) != 1]
-        if silent:
-            raise ModelError(f"the hook of {silent[0]} fired {len(kept[silent[0]])} times")
+        for site, activations in seen.items():
+            if len(activations) != 1:
+                raise ModelError(
+                    f"the hook of {spell_site(site)} fired {len(activations)} times in one pass"
+                )
         (state,) = meter.states()
-        if logits:
-            state = TextState(**(vars(state) | {"logits": output[0]}))
-        value = metric(state)
+        value = metric(dataclasses.replace(state, logits=output[0]) if logits else state)
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise ModelError(
                 "the metric has no gradient with respect to the model's activations: compute it "
                 "with differentiable functions of the state, or scan exactly"
             )
-        activations = [found[0] for found in kept.values()]
+        activations = [activation for (activation,) in seen.values()]
         gradients = torch.autograd.grad(value, activations, allow_unused=True)
     return {
-        site: (at.detach()[0], torch.zeros_like(at[0]) if slope is None else slope[0])
-        for site, at, slope in zip(sites, activations, gradients, strict=True)
+        site: (
+            activation.detach()[0],
+            torch.zeros_like(activation[0]) if gradient is None else gradient[0],
+        )
+        for site, activation, gradient in zip(seen, activations, gradients, strict=True)
     }
 
 
-def _keep(into: list[Tensor]) -> Callable[..., Tensor]:
+def _keeper(kept: list[Tensor]) -> Callable[..., Tensor]:
     def hook(activation: Tensor, hook: Any = None) -> Tensor:
-        # The first site of a model with frozen weights has no gradient yet: it begins one.
+        # In a model with frozen weights the first site has no gradient yet and starts the graph.
         if not activation.requires_grad:
             activation = activation.detach().requires_grad_(True)
-        into.append(activation)
+        kept.append(activation)
         return activation
 
     return hook
 
 
-def _read(editor: Callable[[Tensor], Any]) -> Callable[..., None]:
+def _reader(read: Callable[[Tensor], Any]) -> Callable[..., None]:
     def hook(activation: Tensor, hook: Any = None) -> None:
-        editor(activation)
+        read(activation)
 
     return hook
-
-
-def _name(model: Any, site: Site) -> str:
-    point = model.hook_dict.get(SITE_HOOKS[site.name].format(layer=site.layer))
-    if point is None:
-        raise ModelError(f"the model has no {site.name} in layer {site.layer}")
-    return str(point.name)

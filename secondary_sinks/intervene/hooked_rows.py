@@ -1,10 +1,10 @@
-"""Packed rows in a `HookedTransformer`, which takes neither positions nor a mask of one's own.
+"""Packed rows in a `HookedTransformer`, which accepts neither position ids nor a mask.
 
-`HookedTransformer` computes positions and masks from the sequence index. While rows stand behind
-the text, the tables that it looks positions up in (learned embeddings, rotary sines and cosines,
-ALiBi biases) are exchanged for tables in the order of the packed sequence, and its causal mask for
-none, so that the hook of the scores sees the raw logits and does all masking, as in a bridge. What
-was exchanged is attributes of instances; every one is put back, also when the pass raises.
+`HookedTransformer` computes positions and masks from the sequence index. While rows are behind the
+text, the tables in which it looks up positions (learned embeddings, rotary sines and cosines, ALiBi
+biases) are replaced by tables in the order of the packed sequence, and its causal mask is switched
+off, so that the hook of the scores sees the raw logits and does all masking, as in a bridge. All
+replaced attributes are attributes of instances and are restored, also when the pass raises.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from secondary_sinks.host.temporary import exchanged
 
 
 @contextmanager
-def standing_at(model: Any, positions: Int[Tensor, "packed"]) -> Iterator[None]:
-    """Within it, sequence index `i` of any input is at position `positions[i]`, and sees all keys.
+def placed_at(model: Any, positions: Int[Tensor, " packed"]) -> Iterator[None]:
+    """Within the context, sequence index `i` is at position `positions[i]` and sees all keys.
 
     Args:
-        model: a `HookedTransformer`, which has run a text as long as the largest position before
+        model: a `HookedTransformer` that has already run a text as long as the largest position
             (its tables grow with the longest text).
         positions: of every token of the packed sequence.
 
@@ -41,7 +41,7 @@ def standing_at(model: Any, positions: Int[Tensor, "packed"]) -> Iterator[None]:
             learned = model.pos_embed.W_pos
             embedded: Tensor = learned[positions.to(learned.device)]
 
-            def embed(tokens: Tensor, *_: Any, **__: Any) -> Float[Tensor, "batch packed d_model"]:
+            def embed(tokens: Tensor, *_: Any, **__: Any) -> Float[Tensor, " batch packed d_model"]:
                 return embedded.expand(len(tokens), -1, -1)
 
             stack.enter_context(exchanged(model.pos_embed, "forward", embed))

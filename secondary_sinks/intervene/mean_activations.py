@@ -18,7 +18,7 @@ from secondary_sinks.intervene.edits import Replace
 from secondary_sinks.intervene.interventions import SITES
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import Trace, trace
-from secondary_sinks.result import Result
+from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.controls import ordinary_tokens
 from secondary_sinks.sinks.selection import check_maps
 from secondary_sinks.sinks.sink_map import SinkMap
@@ -37,15 +37,17 @@ def mean_activations(
 ) -> MeanActivations:
     """What do ordinary tokens have at a site, on average over many texts?
 
-    Zero ablation takes away what every token gets from a block as well as what is particular to
-    one; mean ablation leaves the former. The mean over the same text (`Mean()`) is of few tokens
-    that all belong together; a corpus of the kind that the model was made for gives a better one:
+    Zero ablation removes what every token gets from a block together with what one token gets; mean
+    ablation leaves the former. The mean over the same text (`Mean()`) is of few, related tokens;
+    texts of the kind that the model was trained on give a better one:
 
-    >>> means = ss.mean_activations(model, ss.detect_sinks(model, texts))
-    >>> ss.Intervention("mlp_out", 5, 3, means.edit("mlp_out", 5))
+    >>> means = mean_activations(model, detect_sinks(model, texts))
+    >>> edit = Intervention("mlp_out", 5, 3, means.edit("mlp_out", 5))
+    >>> counterfactuals(model, sink_map, [edit])
 
     Ordinary tokens are those of `sinks.controls.ordinary_tokens`, without the first of each text.
-    Each token counts alike, so a long text counts more than a short one.
+    Each token counts alike, so a long text counts more than a short one. Not evidence for: what
+    tokens of texts of another kind have there.
 
     Args:
         model: any TransformerLens model.
@@ -70,7 +72,7 @@ def mean_activations(
         ordinary = ordinary_tokens(sink_map)
         ordinary[0] = False
         collectors = [_Sums(site, ordinary) for site in sites]
-        tokens = cast(Tensor, sink_map.tokens)
+        tokens = sink_map.array("tokens")
         sums = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
         for site in sites:
             total[site] = total.get(site, torch.zeros(())) + sums[site]
@@ -97,8 +99,8 @@ class _Sums(Collector):
         self._layers: list[Tensor] = []
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
-        kept = activation[self._ordinary.to(activation.device)]
-        self._layers.append(kept.sum(dim=0, dtype=torch.float32).cpu())
+        ordinary = activation[self._ordinary.to(activation.device)]
+        self._layers.append(ordinary.sum(dim=0, dtype=torch.float32).cpu())
 
     def result(self) -> Tensor:
         return torch.stack(self._layers)
@@ -106,18 +108,19 @@ class _Sums(Collector):
 
 @dataclass(frozen=True)
 class MeanActivations(Result):
-    """What ordinary tokens of many texts have at some sites on average; see `mean_activations`."""
+    """The mean activations of ordinary tokens of many texts; see `mean_activations`."""
 
     mean: dict[str, Float[Tensor, " layer *shape"]]
     """By site: the mean over tokens, [layer, d_model], or [layer, head, d_head] at heads' sites."""
     n_tokens: int
-    """Ordinary tokens that went into it."""
+    """Number of ordinary tokens in the mean."""
     n_texts: int
+    """Number of texts."""
     provenance: Provenance
     """Of the first text."""
 
     def edit(self, site: str, layer: int, *, head: int | None = None) -> Replace:
-        """The edit that puts the mean in the place of an activation at that site and layer.
+        """The edit that replaces an activation at that site and layer with the mean.
 
         Raises:
             InputError: the site was not measured, or the layer or head is out of range.
@@ -136,7 +139,7 @@ class MeanActivations(Result):
     def __repr__(self) -> str:
         return (
             f"MeanActivations({self.provenance.model.name!r}, {', '.join(self.mean)}: "
-            f"{self.n_tokens} ordinary tokens of {self.n_texts} texts)"
+            f"{counted(self.n_tokens, 'ordinary token')} of {counted(self.n_texts, 'text')})"
         )
 
     def to_frame(self) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """Packed counterfactual rows: hundreds of exact interventions in one forward pass.
 
-In a causal model an edit at token p cannot change anything before p. So the edited token's own
-trajectory needs that token recomputed alone, over the unchanged keys and values of the tokens
-before it. Rows are such tokens, put behind the T clean ones in the same sequence:
+In a causal model an edit at token p cannot change anything before p. So for the edited token's
+trajectory only that token must be computed again, over the unchanged keys and values of the tokens
+before it. Rows are such tokens, appended to the T clean ones in the same sequence:
 
     sequence   clean 0 ... T-1 | row 0 | row 1 | ...
     row r      repeats token p, at position p, sees clean tokens 0 ... p-1 and itself
@@ -16,8 +16,8 @@ the token's new weight is `exp(b - logaddexp(lse + log1p(-exp(a - lse)), b))`.
 All masking is done in the hook of the attention scores, which sees the raw logits when a bridge is
 given a mask of zeros (for `HookedTransformer`, see `hooked_rows`). That keeps sliding windows
 right, where a mask given to the model would be applied to every layer alike. Not every architecture
-lets the scores be edited, and none says so: `intervene.counterfactuals` therefore tests a model
-against the oracle before it trusts this engine.
+lets the scores be edited, and none says so, so `intervene.self_test` compares this engine with full
+passes before it is used.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site
 from secondary_sinks.intervene.clean_run import CleanRun
-from secondary_sinks.intervene.hooked_rows import standing_at
+from secondary_sinks.intervene.hooked_rows import placed_at
 from secondary_sinks.intervene.interventions import Row
-from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, edit_hooks
+from secondary_sinks.intervene.rows import Place, RowMeter, RowStates, clean_scores, edit_hooks
 
 
 def run_packed(
@@ -51,8 +51,14 @@ def run_packed(
 ) -> RowStates:
     """Run all rows in one forward pass; see the module's description.
 
-    The rows must fit into memory with the text: attention is of (T + rows) squared. The pass begins
-    at the last layer before which the clean run kept the residual stream and no row is edited.
+    Attention takes memory of (T + rows) squared. The pass begins at the last layer before which the
+    clean run kept the residual stream and no row is edited.
+
+    Args:
+        model: a `TransformerBridge` or a `HookedTransformer`.
+        clean: the clean run of the text, made with `KeepMasks`.
+        rows: what to edit.
+        fwd_hooks: the user's hooks.
 
     Raises:
         ModelError: the model's hook of the scores does not show scores.
@@ -62,7 +68,7 @@ def run_packed(
     n_tokens, n_rows = len(clean.tokens), len(rows)
     positions = torch.tensor([row[0].position for row in rows])
     tokens = torch.cat([clean.tokens, clean.tokens[positions]])[None]
-    stands_at = torch.cat([torch.arange(n_tokens), positions])
+    position_ids = torch.cat([torch.arange(n_tokens), positions])
     places: list[Place] = [(0, n_tokens + row) for row in range(n_rows)]
     latest = clean.latest_begin(rows)
     begin = max((layer for layer in clean.residual_before if layer <= latest), default=0)
@@ -84,7 +90,7 @@ def run_packed(
             residual = torch.cat([kept, kept[positions.to(kept.device)]])[None]
             stack.enter_context(skipping(model, begin))
             start.append((Site("resid_pre", begin), lambda _: residual))
-        arguments = stack.enter_context(_unmasked_at(model, stands_at))
+        arguments = stack.enter_context(_unmasked_at(model, position_ids))
         forward(
             model,
             tokens,
@@ -96,58 +102,55 @@ def run_packed(
 
 
 @contextmanager
-def _unmasked_at(model: Any, stands_at: Int[Tensor, "packed"]) -> Iterator[dict[str, Any]]:
-    """Arguments with which, within the context, the model runs a sequence whose tokens stand at
-    the given positions and whose scores nothing masks."""
-    length = len(stands_at)
+def _unmasked_at(model: Any, position_ids: Int[Tensor, " packed"]) -> Iterator[dict[str, Any]]:
+    """Arguments with which, within the context, the model runs a sequence whose tokens are at the
+    given positions and whose scores are not masked."""
+    length = len(position_ids)
     if describe(model).generation == "bridge":
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         mask = torch.zeros(1, 1, length, length, dtype=dtype)
-        yield {"attention_mask": mask, "position_ids": stands_at[None]}
+        yield {"attention_mask": mask, "position_ids": position_ids[None]}
     else:
-        with standing_at(model, stands_at):
+        with placed_at(model, position_ids):
             yield {"attention_mask": torch.ones(1, length, dtype=torch.long)}
 
 
 def _with_rows(
-    visible: Bool[Tensor, "query key"], positions: Tensor
-) -> Bool[Tensor, "query_and_row key_and_row"]:
-    """Who sees whom: a row sees what its token sees, with itself in the token's place."""
+    visible: Bool[Tensor, " query key"], positions: Int[Tensor, " row"]
+) -> Bool[Tensor, " query_and_row key_and_row"]:
+    """Which keys each query sees: a row sees what its token sees, with itself in its place."""
     n_rows = len(positions)
     for_rows = visible[positions].clone()
     for_rows[torch.arange(n_rows), positions] = False
-    clean_lines = torch.nn.functional.pad(visible, (0, n_rows))
-    return torch.cat([clean_lines, torch.cat([for_rows, torch.eye(n_rows).bool()], dim=1)])
+    for_clean = torch.nn.functional.pad(visible, (0, n_rows))
+    return torch.cat([for_clean, torch.cat([for_rows, torch.eye(n_rows).bool()], dim=1)])
 
 
 class _KeyMeter:
     """Masks the scores of each layer and scores the rows' keys with the clean queries."""
 
     def __init__(self, clean: CleanRun, positions: Tensor, begin: int):
-        n_layers, n_heads, n_tokens = clean.score.shape
-        self._n_tokens = n_tokens
+        self._n_tokens = len(clean.tokens)
         self._positions = positions
-        self._n_later = (n_tokens - 1 - positions).float()
-        self.direct_score = torch.full((len(positions), n_layers, n_heads), torch.nan)
-        # A row is its clean token before the layer at which the pass begins.
-        self.direct_score[:, :begin] = clean.score[:begin, :, positions].permute(2, 0, 1)
+        self._n_later = (self._n_tokens - 1 - positions).float()
+        self.direct_score = clean_scores(clean, positions, begin)
 
     def scores_editor(self, layer: int, visible: Tensor) -> Editor:
         n = self._n_tokens
         later = torch.arange(n)[:, None] > self._positions
-        looks = later & visible[:n, self._positions]
+        attends = later & visible[:n, self._positions]
 
         def mask(scores: Tensor) -> Tensor:
             sees = visible.to(scores.device)
             masked = scores.masked_fill(~sees, torch.finfo(scores.dtype).min)
             clean = masked[0, :, :n, :n].float()
-            # One logit of every query, from which its log-sum-exp follows once the pattern is
-            # known; the largest, because its weight is furthest from nothing. Taking it from the
-            # pattern keeps whatever else joins the softmax, such as gpt-oss' learned logits.
+            # The log-sum-exp of a query follows from one of its logits and that logit's weight in
+            # the pattern. The largest logit has the most precise weight. Using the pattern includes
+            # whatever else joins the softmax, such as gpt-oss' learned logits.
             self._top, self._top_key = clean.max(dim=-1)
             self._to_token = clean[:, :, self._positions]
             self._to_row = scores[0, :, :n, n:].float()
-            self._looks = looks.to(scores.device)
+            self._attends = attends.to(scores.device)
             return masked
 
         return mask
@@ -158,13 +161,13 @@ class _KeyMeter:
         def read(pattern: Tensor) -> None:
             weight = pattern[0, :, :n].float().gather(-1, self._top_key[..., None])[..., 0]
             lse = (self._top - weight.log())[..., None]
-            # Without the token's own key; all of the weight on it leaves nothing.
+            # Without the token's own key; clamped, because a weight of 1 on it would leave log(0).
             share = (self._to_token - lse).exp().clamp_max(1 - 1e-7)
             rest = lse + torch.log1p(-share)
             new = (self._to_row - torch.logaddexp(rest, self._to_row)).exp()
-            total = (new * self._looks).sum(dim=1)  # [head, row]
-            found: Float[Tensor, "row head"] = total.T.cpu() / self._n_later[:, None]
-            found[self._n_later == 0] = torch.nan
-            self.direct_score[:, layer] = found
+            total = (new * self._attends).sum(dim=1)  # [head, row]
+            score: Float[Tensor, " row head"] = total.T.cpu() / self._n_later[:, None]
+            score[self._n_later == 0] = torch.nan
+            self.direct_score[:, layer] = score
 
         return read

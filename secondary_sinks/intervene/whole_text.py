@@ -1,41 +1,38 @@
 """Whole texts under edits of many tokens at once, with everything after them recomputed.
 
 Counterfactual rows say what becomes of one edited token. What becomes of the *others* (the primary
-sink when the secondary sinks are gone, the loss, the output) takes a forward pass over the text
-itself. A batch holds the clean text in row 0 and, in each further row, a copy in which any number
-of tokens are edited where they stand:
+sink when the secondary sinks are gone, the loss, the output) takes a forward pass over the whole
+text. A batch holds the clean text in row 0 and, in each further row, a copy in which any number of
+tokens are edited:
 
 >>> zero = [Intervention("mlp_out", 5, position, Zero()) for position in (2, 3, 7)]
 >>> clean_state, (edited,) = run_whole_texts(model, clean, [zero])
 >>> edited.sink_score[:, :, 0] - clean_state.sink_score[:, :, 0]    # the primary, [layer, head]
 
-Row 0 is there because an edit may ask what the clean tokens have at its site, and because clean and
-edited numbers of one batch are rounded alike. Of each row only a `TextState` is kept: no residual
-outlives its layer, logits are reduced to three numbers a token, and the attention of long texts is
-streamed (`observe.attention_path`), so that thousands of tokens fit.
+Row 0 is there because an edit may use the clean tokens' activations at its site, and because clean
+and edited numbers of one batch have the same rounding. Only a `TextState` of each row is kept: no
+residual outlives its layer, logits are reduced to three numbers a token, and the attention of long
+texts is streamed (`observe.attention_path`), so that thousands of tokens fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from secondary_sinks.errors import ModelError
 from secondary_sinks.host.forward import Editor, forward
-from secondary_sinks.host.memory import is_out_of_memory
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.memory import MEMORY_BUDGET, eager_attention_bytes, in_chunks
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site
 from secondary_sinks.intervene.clean_run import CleanRun
-from secondary_sinks.intervene.interventions import Intervention, Row
-from secondary_sinks.intervene.rows import Place, edit_hooks
+from secondary_sinks.intervene.interventions import Intervention, sites_of
+from secondary_sinks.intervene.rows import edit_hooks
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.attention_path import (
     AttentionChoice,
@@ -43,23 +40,21 @@ from secondary_sinks.observe.attention_path import (
     path_of_attention,
     streamed_attention,
 )
+from secondary_sinks.observe.residual_geometry import TokenGeometry
 
-MEMORY_BUDGET = 1 << 30
-"""Bytes that the attention and the logits of one pass may take, by default."""
-
-_CHUNK = 128  # tokens whose distributions over the vocabulary are compared at once
+_COMPARED_AT_ONCE = 128  # tokens whose distributions over the vocabulary are held
 
 
 @dataclass(frozen=True)
 class OutputChange:
     """What an edit does to the next-token distributions of a text."""
 
-    token_loss: Float[Tensor, "token-1"]
+    token_loss: Float[Tensor, " token-1"]
     """Cross-entropy of each next token, nats."""
-    token_kl: Float[Tensor, "token"]
+    token_kl: Float[Tensor, " token"]
     """KL(clean || edited) at each position, nats."""
-    top1_changed: Bool[Tensor, "token"]
-    """Whether the most likely next token is another."""
+    top1_changed: Bool[Tensor, " token"]
+    """Whether the most likely next token changes."""
 
     @property
     def loss(self) -> float:
@@ -73,42 +68,42 @@ class OutputChange:
 
     @property
     def top1_share(self) -> float:
-        """Share of positions whose most likely next token is another."""
+        """Share of positions whose most likely next token changes."""
         return float(self.top1_changed.float().mean())
 
 
 @dataclass(frozen=True)
 class TextState:
-    """One run of a text, reduced to what is asked of sinks."""
+    """One run of a text, reduced to what analyses of sinks read."""
 
-    sink_score: Float[Tensor, "layer head token"]
+    sink_score: Float[Tensor, " layer head token"]
     """Mean attention from later queries; NaN for the last token."""
-    norm: Float[Tensor, "layer token"]
+    norm: Float[Tensor, " layer token"]
     """Norm of the residual after each block."""
-    alignment: Float[Tensor, "layer token"]
+    alignment: Float[Tensor, " layer token"]
     """Its cosine with the *clean* text's primary."""
-    centered_norm: Float[Tensor, "layer token"]
+    centered_norm: Float[Tensor, " layer token"]
     """Its norm without the clean text's common component."""
-    centered_alignment: Float[Tensor, "layer token"]
+    centered_alignment: Float[Tensor, " layer token"]
     """Its cosine with the clean primary, both without the common component."""
     output: OutputChange | None = None
-    """What became of the output, where it was asked for."""
-    logits: Float[Tensor, "token d_vocab"] | None = None
-    """The output itself, where it was asked for."""
+    """How the output changed, if asked for."""
+    logits: Float[Tensor, " token d_vocab"] | None = None
+    """The output, if asked for."""
 
-    def is_sink(self, clean: CleanRun, positions: Sequence[int]) -> Bool[Tensor, "item layer"]:
+    def is_sink(self, clean: CleanRun, positions: Sequence[int]) -> Bool[Tensor, " item layer"]:
         """In which layers each token is a sink in this run, judged as the clean text was."""
-        at = list(positions)
+        index = torch.tensor(positions)
         return clean.judge.is_sink(
-            self.centered_alignment[:, at],
-            self.centered_norm[:, at],
-            self.sink_score[:, :, at],
-            torch.tensor(at),
+            self.centered_alignment[:, index],
+            self.centered_norm[:, index],
+            self.sink_score[:, :, index],
+            index,
         )
 
 
 class TextMeter:
-    """Reduces the activations of a batch of texts to one `TextState` a row.
+    """Reduces the activations of a batch of texts to one `TextState` for each.
 
     All arithmetic is differentiable and nothing is written in place, so that the same meter serves
     a pass with gradients.
@@ -117,7 +112,7 @@ class TextMeter:
     def __init__(self, clean: CleanRun):
         self._clean = clean
         self._score: list[Tensor] = []
-        self._residual: list[tuple[Tensor, ...]] = []
+        self._geometry: list[TokenGeometry] = []
 
     def editors(self) -> list[tuple[Site, Editor]]:
         """The functions that read every layer's pattern and residual."""
@@ -126,30 +121,39 @@ class TextMeter:
         return [*patterns, *self.residual_editors()]
 
     def residual_editors(self) -> list[tuple[Site, Editor]]:
-        """Those of the residual alone, for a pass whose attention is streamed to `receive`."""
+        """Those that read residuals, for a pass whose attention is streamed to `receive`."""
         layers = range(self._clean.n_layers)
         return [(Site("resid_post", layer), self._reader(layer)) for layer in layers]
 
     def receive(self, layer: int, columns: Sequence[AttentionColumns]) -> None:
-        """Take in the attention of a layer, one text a row."""
-        self._keep_score(torch.stack([one.received for one in columns]))
+        """Read the attention of a layer, one entry for each text."""
+        self._keep_score(torch.stack([text.received for text in columns]))
 
     def states(self) -> list[TextState]:
-        """One state for each row of the batch."""
+        """One state for each text of the batch."""
         score = torch.stack(self._score, dim=1)
-        norm, alignment, centered_norm, centered_alignment = (
-            torch.stack(parts, dim=1) for parts in zip(*self._residual, strict=True)
-        )
-        rows = zip(score, norm, alignment, centered_norm, centered_alignment, strict=True)
-        return [TextState(*row) for row in rows]
+        geometry = {
+            name: torch.stack([getattr(layer, name).cpu() for layer in self._geometry], dim=1)
+            for name in vars(self._geometry[0])
+        }
+        return [
+            TextState(
+                sink_score=score[text],
+                norm=geometry["norm"][text],
+                alignment=geometry["alignment"][text],
+                centered_norm=geometry["centered_norm"][text],
+                centered_alignment=geometry["centered_alignment"][text],
+            )
+            for text in range(len(score))
+        ]
 
     def _read_pattern(self, pattern: Tensor) -> None:
         weight = pattern.float()
         self._keep_score(weight.sum(dim=2) - weight.diagonal(dim1=2, dim2=3))
 
-    def _keep_score(self, total: Float[Tensor, "row head token"]) -> None:
+    def _keep_score(self, total: Float[Tensor, " text head token"]) -> None:
         n_later = torch.arange(total.shape[-1] - 1, -1, -1, device=total.device)
-        # Clamped, then masked: dividing by 0 would make the gradient of every token NaN.
+        # Clamped and then masked, because a division by 0 would make all gradients NaN.
         score = (total / n_later.clamp_min(1)).masked_fill(n_later == 0, torch.nan)
         self._score.append(score.cpu())
 
@@ -158,14 +162,7 @@ class TextMeter:
             residual = activation.float()
             primary = self._clean.primary[layer].to(residual.device)
             common = self._clean.common[layer].to(residual.device)
-            centered = residual - common
-            measured = (
-                residual.norm(dim=-1),
-                torch.cosine_similarity(residual, primary, dim=-1),
-                centered.norm(dim=-1),
-                torch.cosine_similarity(centered, primary - common, dim=-1),
-            )
-            self._residual.append(tuple(value.cpu() for value in measured))
+            self._geometry.append(TokenGeometry.of(residual, primary, common))
 
         return read
 
@@ -183,56 +180,47 @@ def run_whole_texts(
     memory_budget: int = MEMORY_BUDGET,
     progress: bool | None = None,
 ) -> tuple[Any, list[Any]]:
-    """Run the clean text, and copies of it with edits, in as few passes as memory allows.
+    """Run the clean text and copies of it with edits, in as few passes as memory allows.
 
     Args:
         model: any TransformerLens model.
         clean: the clean run of the text.
-        texts: for each copy, the interventions in it, at as many tokens as wanted. Edits at one
-            site of one token run in the order given. Indices must have been checked.
-        output: measure loss, divergence and changed first choices.
+        texts: for each copy its interventions, at any number of tokens. Edits at one site of one
+            token run in the order given. Indices must have been checked (`check_rows`).
+        output: measure loss, divergence and changes of the most likely token.
         logits: keep the logits in each state.
-        reduce: applied to each state at once, so that a long scan keeps no more than it needs.
-        fwd_hooks: hooks of the user's own, in force for all rows.
+        reduce: applied to each state as soon as it is measured, so that a long scan keeps no more
+            than it needs.
+        fwd_hooks: the user's hooks, in force for all texts.
         attention: how it is computed; see `observe.trace.trace`.
         memory_budget: bytes for attention and logits; decides how many copies share a pass.
         progress: show a progress bar; None shows one for more than one pass.
 
     Returns:
-        The state of the clean text, and those of the copies in order (`reduce`d, where it is set).
+        The state of the clean text and those of the copies in order, after `reduce`.
 
     Raises:
         ModelError: a site cannot be measured, or not even one copy fits into memory.
     """
-    keep = reduce or (lambda state: state)
-    sites = {Site(one.site, one.layer) for text in texts for one in text}
-    way = path_of_attention(model, clean.tokens, attention, sites=sites, fwd_hooks=fwd_hooks)
-    size = texts_per_pass(
-        model, len(clean.tokens), memory_budget, logits=output or logits, attention=way
+    path = path_of_attention(
+        model, clean.tokens, attention, sites=sites_of(texts), fwd_hooks=fwd_hooks
     )
-    first, clean_state = 0, None
-    done: list[Any] = []
-    show = len(texts) > size if progress is None else progress
-    with tqdm(total=len(texts), desc="edited texts", disable=not show) as bar:
-        while clean_state is None or first < len(texts):
-            chunk = texts[first : first + size]
-            try:
-                states = _one_pass(model, clean, chunk, output, logits, fwd_hooks, way)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if size == 1:
-                    raise ModelError(
-                        f"two copies of {len(clean.tokens)} tokens do not fit into memory: shorten "
-                        "the text"
-                    ) from error
-                size = max(1, len(chunk) // 2)
-                continue
-            clean_state = keep(states[0]) if clean_state is None else clean_state
-            done.extend(keep(state) for state in states[1:])
-            first += len(chunk)
-            bar.update(len(chunk))
-    return clean_state, done
+    n_tokens = len(clean.tokens)
+    passes = in_chunks(
+        lambda chunk: _one_pass(model, clean, chunk, output, logits, fwd_hooks, path),
+        texts,
+        texts_per_pass(model, n_tokens, memory_budget, logits=output or logits, attention=path),
+        too_large=f"two copies of {n_tokens} tokens do not fit into memory: shorten the text",
+        description="edited texts",
+        progress=progress,
+    )
+    clean_state: Any = None
+    edited: list[Any] = []
+    for number, (unedited, *states) in enumerate(passes):
+        if number == 0:
+            clean_state = reduce(unedited) if reduce else unedited
+        edited.extend(map(reduce, states) if reduce else states)
+    return clean_state, edited
 
 
 def texts_per_pass(
@@ -244,11 +232,10 @@ def texts_per_pass(
     attention: AttentionPath = "eager",
 ) -> int:
     """How many edited copies of a text share a pass with the clean one."""
-    # Eager attention holds about five float32 copies of its scores. Streamed, the most are the
-    # residuals and MLP activations of one block, three of each at once.
     if attention == "eager":
-        block = 20 * describe(model).n_heads * n_tokens**2
+        block = eager_attention_bytes(model, n_tokens)
     else:
+        # The most are the residuals and MLP activations of one block, three of each at once.
         width = int(model.cfg.d_model) + int(getattr(model.cfg, "d_mlp", None) or 0)
         block = 12 * width * n_tokens
     # The output is in memory once in the model's own precision and once more in float32.
@@ -257,17 +244,17 @@ def texts_per_pass(
 
 
 def output_change(
-    reference: Float[Tensor, "token d_vocab"],
-    edited: Float[Tensor, "token d_vocab"],
-    tokens: Int[Tensor, "token"],
+    clean: Float[Tensor, " token d_vocab"],
+    edited: Float[Tensor, " token d_vocab"],
+    tokens: Int[Tensor, " token"],
 ) -> OutputChange:
     """Compare the logits of an edited run with those of the clean one, a few tokens at a time."""
     n_tokens = len(tokens)
-    following = torch.cat([tokens[1:], tokens[:1]]).to(edited.device)
+    following = tokens.roll(-1).to(edited.device)
     parts = []
-    for start in range(0, n_tokens, _CHUNK):
-        at = slice(start, start + _CHUNK)
-        before = reference[at].float().log_softmax(dim=-1)
+    for start in range(0, n_tokens, _COMPARED_AT_ONCE):
+        at = slice(start, start + _COMPARED_AT_ONCE)
+        before = clean[at].float().log_softmax(dim=-1)
         after = edited[at].float().log_softmax(dim=-1)
         parts.append(
             (
@@ -280,6 +267,59 @@ def output_change(
     return OutputChange(token_loss=loss[:-1], token_kl=kl, top1_changed=changed)
 
 
+def measured_pass(
+    model: Any,
+    clean: CleanRun,
+    n_copies: int,
+    editors: Sequence[tuple[Site, Editor]],
+    path: AttentionPath,
+    *,
+    output: bool = False,
+    logits: bool = False,
+    fwd_hooks: Sequence[UserHook] = (),
+) -> list[TextState]:
+    """One pass over the clean text and copies of it, whose activations functions may replace.
+
+    Args:
+        model: any TransformerLens model.
+        clean: the clean run of the text.
+        n_copies: how many copies follow the clean text in the batch.
+        editors: functions of the activations of the whole batch.
+        path: how attention is computed; see `path_of_attention`.
+        output: compare the output of each text with that of the first.
+        logits: keep the logits.
+        fwd_hooks: the user's hooks.
+
+    Returns:
+        The states of the clean text and its copies.
+    """
+    tokens = clean.tokens.expand(1 + n_copies, -1)
+    meter = TextMeter(clean)
+    lengths = [len(clean.tokens)] * len(tokens)
+    readers = meter.editors() if path == "eager" else meter.residual_editors()
+    streamed = streamed_attention(model, lengths, ColumnRequest(), meter.receive, path)
+    with nullcontext() if path == "eager" else streamed:
+        outputs = forward(
+            model,
+            tokens,
+            [*editors, *readers],
+            fwd_hooks=fwd_hooks,
+            attention_mask=torch.ones_like(tokens),
+            logits=output or logits,
+        )
+    states = meter.states()
+    if outputs is None:
+        return states
+    return [
+        replace(
+            state,
+            output=output_change(outputs[0], text, clean.tokens) if output else None,
+            logits=text if logits else None,
+        )
+        for state, text in zip(states, outputs, strict=True)
+    ]
+
+
 def _one_pass(
     model: Any,
     clean: CleanRun,
@@ -287,37 +327,15 @@ def _one_pass(
     output: bool,
     logits: bool,
     fwd_hooks: Sequence[UserHook],
-    way: AttentionPath,
+    path: AttentionPath,
 ) -> list[TextState]:
-    rows: list[Row] = []
-    places: list[Place] = []
-    for copy, interventions in enumerate(texts, start=1):
-        for one in interventions:
-            rows.append((one,))
-            places.append((copy, one.position))
-    tokens = clean.tokens.expand(1 + len(texts), -1)
-    meter = TextMeter(clean)
-    lengths = [len(clean.tokens)] * len(tokens)
-    streamed = way != "eager"
-    readers = meter.residual_editors() if streamed else meter.editors()
-    with (
-        streamed_attention(model, lengths, ColumnRequest(), meter.receive, way)
-        if streamed
-        else nullcontext()
-    ):
-        found = forward(
-            model,
-            tokens,
-            [*edit_hooks(rows, places, clean), *readers],
-            fwd_hooks=fwd_hooks,
-            attention_mask=torch.ones_like(tokens),
-            logits=output or logits,
-        )
-    states = meter.states()
-    if found is None:
-        return states
-    changes = [output_change(found[0], one, clean.tokens) if output else None for one in found]
-    return [
-        TextState(**(vars(state) | {"output": change, "logits": one if logits else None}))
-        for state, change, one in zip(states, changes, found, strict=True)
+    edits = [
+        (intervention, (copy, intervention.position))
+        for copy, interventions in enumerate(texts, start=1)
+        for intervention in interventions
     ]
+    rows, places = [(intervention,) for intervention, _ in edits], [place for _, place in edits]
+    editors = edit_hooks(rows, places, clean)
+    return measured_pass(
+        model, clean, len(texts), editors, path, output=output, logits=logits, fwd_hooks=fwd_hooks
+    )
