@@ -1,10 +1,10 @@
-"""Packed rows against TransformerLens' own activation patching, for the same ablations.
+"""Counterfactual rows against TransformerLens' activation patching, for the same ablations.
 
 `transformer_lens.patching.generic_activation_patch` runs the model once for each cell of its sweep;
 its metric is a number computed from the logits. The sweep here is its intended use: one MLP output
 at a time, layer by position, replaced from a cache. A few cells are run and scaled to all of them.
-It answers another question than a row does (what becomes of the logits, not of the token), so the
-ratio says what asking about the token's own trajectory in this way costs.
+It answers another question than a row (how the logits change, not the token), so the ratio is the
+cost of asking about the token's own trajectory in this way.
 
     python benchmarks/against_activation_patch.py [--model qwen2.5-coder-0.5b] [--tokens 400]
 """
@@ -22,7 +22,7 @@ import torch
 from transformer_lens import patching
 
 import secondary_sinks as ss
-from secondary_sinks.cli.app import demo_messages
+from secondary_sinks.cli.detect import demo_messages
 
 CELLS = 2
 
@@ -35,10 +35,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     model = ss.load_model(options.model, progress=False)
-    sinks = ss.detect_sinks(model, demo_messages(), max_tokens=options.tokens)
-    tokens = sinks.tokens[None]
-    n_layers = int(sinks.model["n_layers"])
-    positions = [sink.position for sink in sinks.secondary]
+    sink_map = ss.detect_sinks(model, demo_messages(), max_tokens=options.tokens)
+    tokens = sink_map.tokens[None]
+    n_layers = sink_map.n_layers
+    positions = [sink.position for sink in sink_map.secondary]
     cells = [(layer, position) for position in positions for layer in range(n_layers)]
     rows = [ss.Intervention("mlp_out", layer, p, ss.Zero()) for layer, p in cells]
     zeros = {f"blocks.{layer}.hook_mlp_out": torch.zeros(1) for layer in range(n_layers)}
@@ -48,11 +48,11 @@ def main() -> None:
         return activation
 
     sampled = pd.DataFrame(cells[:: len(cells) // CELLS][:CELLS], columns=["layer", "pos"])
-    ss.counterfactuals(model, sinks, rows[:2])  # the self-test, once a model
+    ss.counterfactuals(model, sink_map, rows[:2])  # the self-test, once a model
     ours, theirs = [], []
     for _ in range(options.repeats):
         began = time.perf_counter()
-        ss.counterfactuals(model, sinks, rows, progress=False)
+        ss.counterfactuals(model, sink_map, rows, progress=False)
         ours.append(time.perf_counter() - began)
         began = time.perf_counter()
         with torch.no_grad():
@@ -71,7 +71,9 @@ def main() -> None:
         f"transformer-lens {version('transformer-lens')}"
     )
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    print(f"{options.model}, {sinks.n_tokens} tokens, {len(cells)} cells, {options.repeats} runs")
+    print(
+        f"{options.model}, {sink_map.n_tokens} tokens, {len(cells)} cells, {options.repeats} runs"
+    )
     print(f"counterfactuals            {statistics.median(ours):8.1f} s")
     print(f"generic_activation_patch   {statistics.median(theirs):8.1f} s (scaled), {ratio:.0f} x")
 

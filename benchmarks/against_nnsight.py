@@ -1,12 +1,11 @@
 """Counterfactual rows against nnsight, for the same ablations read at the same token.
 
-nnsight runs a Hugging Face model and traces edits of it. Its two ways to ask what becomes of a
-token when one MLP output is zeroed are one trace for each ablation, and one trace in which each
-ablation is an invoke of its own (a batch with a copy of the text for each). Both read the token's
-residual norm after every layer, which is a part of what a row gives. A few ablations are run and
-scaled to all.
+nnsight runs a Hugging Face model and traces edits of it. It can measure the effect of zeroing one
+MLP output on a token in two ways: one trace for each ablation, or one trace with an invoke for each
+ablation (a batch with a copy of the text for each). Both read the token's residual norm after every
+layer, which is a part of what a row gives. A few ablations are run and scaled to all.
 
-nnsight is no dependency of this project: `pip install nnsight` first.
+nnsight is not a dependency of this project: `pip install nnsight` first.
 
     python benchmarks/against_nnsight.py [--model qwen2.5-coder-0.5b] [--tokens 400]
 """
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.cli.app import demo_messages
+from secondary_sinks.cli.detect import demo_messages
 from secondary_sinks.loading.fetch import fetch
 
 TRACES = 3  # ablations that are run one at a time in each repetition
@@ -35,24 +34,24 @@ def one_trace_each(
     model: Any, tokens: torch.Tensor, cells: Sequence[tuple[int, int]]
 ) -> list[torch.Tensor]:
     """One traced pass for each ablation; norms by layer."""
-    found = []
+    by_cell = []
     for layer, position in cells:
         with torch.no_grad(), model.trace(tokens):
             norms = ablate_and_read(model, layer, position).save()
-        found.append(norms)
-    return found
+        by_cell.append(norms)
+    return by_cell
 
 
 def one_trace(
     model: Any, tokens: torch.Tensor, cells: Sequence[tuple[int, int]]
 ) -> list[torch.Tensor]:
-    """One traced pass in which every ablation is an invoke."""
+    """One traced pass with an invoke for each ablation."""
     with torch.no_grad(), model.trace() as tracer:
-        found = list().save()  # noqa: C408
+        by_cell = list().save()  # noqa: C408
         for layer, position in cells:
             with tracer.invoke(tokens):
-                found.append(ablate_and_read(model, layer, position))
-    return found
+                by_cell.append(ablate_and_read(model, layer, position))
+    return by_cell
 
 
 def ablate_and_read(model: Any, layer: int, position: int) -> Any:
@@ -84,16 +83,16 @@ def main() -> None:
     model = ss.load_model(options.model, progress=False)
     hf = AutoModelForCausalLM.from_pretrained(fetch(options.model)).eval()
     theirs = LanguageModel(hf, tokenizer=model.tokenizer)
-    sinks = ss.detect_sinks(model, demo_messages(), max_tokens=options.tokens)
-    tokens = sinks.tokens[None]
-    positions = [sink.position for sink in sinks.secondary]
-    cells = [(layer, p) for p in positions for layer in range(int(sinks.model["n_layers"]))]
+    sink_map = ss.detect_sinks(model, demo_messages(), max_tokens=options.tokens)
+    tokens = sink_map.tokens[None]
+    positions = [sink.position for sink in sink_map.secondary]
+    cells = [(layer, p) for p in positions for layer in range(sink_map.n_layers)]
     rows = [ss.Intervention("mlp_out", layer, p, ss.Zero()) for layer, p in cells]
     sampled = cells[:: len(cells) // INVOKES][:INVOKES]
     indices = [cells.index(cell) for cell in sampled]
 
     sides: dict[str, tuple[Callable[[], Any], int]] = {
-        "counterfactuals": (lambda: ss.counterfactuals(model, sinks, rows, progress=False), 1),
+        "counterfactuals": (lambda: ss.counterfactuals(model, sink_map, rows, progress=False), 1),
         "nnsight, a trace each": (
             lambda: one_trace_each(theirs, tokens, sampled[:TRACES]),
             len(cells) // TRACES,
@@ -118,11 +117,11 @@ def main() -> None:
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"nnsight {version('nnsight')}"
     )
-    print(f"{options.model}, {sinks.n_tokens} tokens, {len(cells)} rows, {options.repeats} runs")
-    for name, own in times.items():
-        pairs = zip(own, times["counterfactuals"], strict=True)
-        ratio = statistics.median(one / other for one, other in pairs)
-        print(f"{name:<30}{statistics.median(own):8.1f} s{ratio:8.1f} x")
+    print(f"{options.model}, {sink_map.n_tokens} tokens, {len(cells)} rows, {options.repeats} runs")
+    for name, runs in times.items():
+        pairs = zip(runs, times["counterfactuals"], strict=True)
+        ratio = statistics.median(theirs / ours for theirs, ours in pairs)
+        print(f"{name:<30}{statistics.median(runs):8.1f} s{ratio:8.1f} x")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Time of a streamed trace over a plain forward pass, and over the ways without it.
+"""Time of a streamed trace, over a plain forward pass and over the ways without streaming.
 
 Claims, for sink scores, alignment and norms of every layer and head: (a) at 1,024 to 4,096 tokens
 about 1.15 times the time of the plain Hugging Face forward pass with its fast attention (SDPA) on
 Qwen2.5-0.5B and about 1.2 times on SmolLM2-135M, and about 1.3 times at 8,192; (b) many times
-faster than asking in three steps: a pass for the hidden states, a pass for keys and values, and for
-each layer one more eager pass for its attention.
+faster than three steps: a pass for the hidden states, a pass for keys and values, and one more
+eager pass for the attention of each layer.
 
 All sides run in one process, in turn, in every repetition. Two ratios are printed for each: of the
-shortest times, and the median of those within a repetition; other work on the machine makes both
-larger, and the second more. With `--cpu-time` one thread's own time is taken instead. Only the last
+shortest times, and the median of the ratios within a repetition; other work on the machine makes
+both larger, and the second more. `--cpu-time` takes the time of one thread instead. Only the last
 logits are computed, and no key-value cache. The three steps are timed with two of the eager passes,
 and scaled to all layers.
 
@@ -57,7 +57,7 @@ def in_three_steps(hf: Any, tokens: torch.Tensor, clock: Clock) -> float:
     """Seconds of hidden states, keys and values, and every layer's attention, each by a pass.
 
     `hf` is an eager model. A layer's attention is read from a pass of the whole model and the
-    others' is thrown away, so that no more than one pattern is kept.
+    others' is discarded, so that no more than one pattern is kept.
     """
     n_layers = hf.config.num_hidden_layers
     plain = {"use_cache": False, "logits_to_keep": 1}
@@ -128,7 +128,7 @@ def compare(sides: dict[str, Side], repeats: int) -> None:
 
 
 def load(alias: str) -> dict[str, Any]:
-    """The model in a bridge, and in Hugging Face's own hands with either attention."""
+    """The model in a bridge, and as a Hugging Face model with either attention."""
     bridge = ss.load_model(alias, progress=False)
     device = next(bridge.parameters()).device
     folder = fetch(alias, None, False)

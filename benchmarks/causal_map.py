@@ -4,9 +4,9 @@ Claim: seven sinks, every layer's MLP and attention output ablated in four ways,
 MLP near the onset, and every layer's write transplanted into 18 control tokens, on 400 tokens of
 Qwen2.5-0.5B, take less than a minute on two cores.
 
-A row is its clean token before its first edit, so passes of rows that are edited late begin late.
-What that saves is measured beside it: the same call with all passes made to begin at the first
-block. So are rows packed behind the text (`method="packed"`), in place of cached ones.
+Before its first edit a row equals its clean token, so passes of rows that are edited late begin
+late. The same call with all passes begun at the first block shows what that saves. Rows packed
+behind the text (`method="packed"`) are measured as well.
 
     python benchmarks/causal_map.py [--model qwen2.5-coder-0.5b] [--tokens 400]
 """
@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.cli.app import demo_messages
+from secondary_sinks.cli.detect import demo_messages
 
 # The module, which has the name of its function.
 counterfactuals = import_module("secondary_sinks.intervene.counterfactuals")
@@ -32,17 +32,17 @@ counterfactuals = import_module("secondary_sinks.intervene.counterfactuals")
 DOSES = [0.125 * step for step in range(21)]
 
 
-def interventions(sinks: ss.SinkMap, n_layers: int) -> list[ss.Intervention]:
+def interventions(sink_map: ss.SinkMap) -> list[ss.Intervention]:
     """The rows of the map."""
-    taken = {sink.position for sink in sinks.sinks}
-    free = [p for p in range(24, sinks.n_tokens - 16) if p not in taken]
+    taken = {sink.position for sink in sink_map.sinks}
+    free = [p for p in range(24, sink_map.n_tokens - 16) if p not in taken]
     controls = free[:: max(1, len(free) // 18)][:18]
     rows = []
-    for sink in sinks.secondary[:7]:
-        direction = torch.zeros(int(sinks.provenance.model.d_model or 0))
+    for sink in sink_map.secondary[:7]:
+        direction = torch.zeros(sink_map.provenance.model.d_model)
         direction[0] = 1.0
         edits = (ss.Zero(), ss.Mean(), ss.Scale(0.5), ss.ProjectOut(direction))
-        for layer in range(n_layers):
+        for layer in range(sink_map.n_layers):
             for site in ("mlp_out", "attn_out"):
                 rows += [ss.Intervention(site, layer, sink.position, edit) for edit in edits]
             rows += [
@@ -63,9 +63,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     model = ss.load_model(options.model, progress=False)
-    sinks = ss.detect_sinks(model, demo_messages(), max_tokens=options.tokens)
-    rows = interventions(sinks, int(sinks.n_layers or 0))
-    ss.counterfactuals(model, sinks, rows[:2])  # the self-test, once a model
+    sink_map = ss.detect_sinks(model, demo_messages(), max_tokens=options.tokens)
+    rows = interventions(sink_map)
+    ss.counterfactuals(model, sink_map, rows[:2])  # the self-test, once a model
 
     keep = counterfactuals.clean_run_for_rows
 
@@ -74,7 +74,7 @@ def main() -> None:
 
     def seconds(method: str = "auto") -> float:
         began = time.perf_counter()
-        ss.counterfactuals(model, sinks, rows, method=method, progress=False)
+        ss.counterfactuals(model, sink_map, rows, method=method, progress=False)
         return time.perf_counter() - began
 
     def from_the_first_block() -> float:
@@ -91,7 +91,7 @@ def main() -> None:
         for name, side in sides.items():
             runs[name].append(side())
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{options.model}, {sinks.n_tokens} tokens, {len(rows)} rows")
+    print(f"{options.model}, {sink_map.n_tokens} tokens, {len(rows)} rows")
     first = runs["passes begin at their first edit"]
     for name, times in runs.items():
         median = statistics.median(times)

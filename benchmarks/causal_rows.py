@@ -6,9 +6,9 @@ hundreds of times faster than `run_with_hooks`, one intervention at a time.
 
 All sides run in one process, in turn, in every repetition; ratios are taken within a repetition and
 their median is printed. One intervention at a time is measured on a few interventions and scaled
-to all of them. Its passes read one number only, so they are the least that asking this way costs.
-The clean run and the self-test of the rows, made once a text and once a model, are not in the rows'
-time; the last line has a whole call with the clean run.
+to all of them. Its passes read one number only, which is the least that this way costs. The clean
+run and the self-test of the rows, made once per text and once per model, are not in the time of the
+rows; the last line is a whole call with the clean run.
 
     python benchmarks/causal_rows.py [--model qwen2.5-coder-0.5b] [--tokens 400] [--quick]
 """
@@ -54,15 +54,15 @@ def plain_pass(model: Any, n_tokens: int) -> None:
 
 
 def one_at_a_time(model: Any, tokens: torch.Tensor, layer: int, position: int) -> None:
-    """What a user writes without this library: ablate one MLP output, read one residual."""
-    seen: list[float] = []
+    """The same without this library: ablate one MLP output, read one residual."""
+    norms: list[float] = []
 
     def zero(value: torch.Tensor, hook: Any) -> torch.Tensor:
         value[:, position] = 0
         return value
 
     def read(value: torch.Tensor, hook: Any) -> None:
-        seen.append(float(value[0, position].norm()))
+        norms.append(float(value[0, position].norm()))
 
     last = model.cfg.n_layers - 1
     with torch.no_grad():
@@ -84,7 +84,7 @@ class Text:
     def __init__(self, model: Any, n_tokens: int):
         self.model = model
         self.tokens = torch.arange(1000, 1000 + n_tokens)
-        self.sinks = ss.detect_sinks(model, self.tokens)
+        self.sink_map = ss.detect_sinks(model, self.tokens)
 
     def rows(self, count: int) -> list[ss.Intervention]:
         """Zero ablations of MLP outputs, layer by layer, at tokens spread over the text."""
@@ -102,7 +102,7 @@ class Text:
         """Seconds of the rows by one engine, without the clean run."""
         rows = rows_of(self.rows(count))
         positions = [row[0].position for row in rows]
-        clean = clean_run_for_rows(self.model, self.sinks, engine, positions=positions)
+        clean = clean_run_for_rows(self.model, self.sink_map, engine, positions=positions)
         return lambda: seconds(lambda: run_rows(engine, self.model, clean, rows, progress=False))
 
 
@@ -120,7 +120,7 @@ def against_others(text: Text, repeats: int) -> None:
     )
     runs: dict[str, list[float]] = {side: [] for side in sides}
     sample = text.rows(count)[:: max(1, count // SAMPLED)][:SAMPLED]
-    ss.counterfactuals(model, text.sinks, sample)  # self-test and warm-up
+    ss.counterfactuals(model, text.sink_map, sample)  # self-test and warm-up
     cached, packed = text.timer("cached", count), text.timer("packed", count)
     for _ in range(repeats):
         times = (
@@ -129,11 +129,11 @@ def against_others(text: Text, repeats: int) -> None:
             seconds(lambda: plain_pass(model, n_tokens + count)),
             seconds(lambda: plain_pass(model, n_tokens)),
             sum(
-                seconds(lambda one=one: one_at_a_time(model, text.tokens, one.layer, one.position))
-                for one in sample
+                seconds(lambda row=row: one_at_a_time(model, text.tokens, row.layer, row.position))
+                for row in sample
             )
             * (count / len(sample)),
-            seconds(lambda: ss.counterfactuals(model, text.sinks, text.rows(count))),
+            seconds(lambda: ss.counterfactuals(model, text.sink_map, text.rows(count))),
         )
         for side, value in zip(sides, times, strict=True):
             runs[side].append(value)

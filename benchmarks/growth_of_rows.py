@@ -1,10 +1,10 @@
 """How time and memory of counterfactual rows grow with their number and with the text.
 
-Each cell of the table is a whole call of `counterfactuals` with its own clean run, which is most of
-what few rows cost: seconds, and the largest resident memory during the call above what the process
-had before (Linux). Rows are run 256 at a time. Cells are visited in turn in every repetition.
-Seconds and memory come from two processes, one after the other: for the memory, the C library is
-told to give freed tensors back at once, and that costs time.
+Each cell of the table is a whole call of `counterfactuals` including its clean run, which is most
+of the cost of few rows: seconds, and the largest resident memory during the call above what the
+process had before (Linux). Rows are run 256 at a time. Cells are visited in turn in every
+repetition. Seconds and memory come from two processes, one after the other, because the memory is
+measured with a C library that returns freed tensors at once, which costs time.
 
     python benchmarks/growth_of_rows.py [--model qwen2.5-coder-0.5b] [--out folder for the figure]
 """
@@ -29,15 +29,15 @@ COUNTS = (0, 24, 168, 672)
 CELLS = [(length, count) for length in LENGTHS for count in COUNTS]
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 
-Found = dict[tuple[int, int], float]
+ByCell = dict[tuple[int, int], float]
 
 
-def measure(model: Any, sinks: Any, n_rows: int) -> tuple[float, float]:
-    """Seconds of one call, and MB above what the process had before; of a trace without rows."""
+def measure(model: Any, sink_map: Any, n_rows: int) -> tuple[float, float]:
+    """Seconds of one call, and MB above what the process had before; of a trace for no rows."""
     import secondary_sinks as ss
 
-    n_layers = int(sinks.model["n_layers"])
-    step = max(1, (sinks.n_tokens - 2) // -(-max(n_rows, 1) // n_layers))
+    n_layers = sink_map.n_layers
+    step = max(1, (sink_map.n_tokens - 2) // -(-max(n_rows, 1) // n_layers))
     rows = [
         ss.Intervention("mlp_out", i % n_layers, 1 + i // n_layers * step, ss.Zero())
         for i in range(n_rows)
@@ -45,9 +45,9 @@ def measure(model: Any, sinks: Any, n_rows: int) -> tuple[float, float]:
     forget_the_peak()
     before, began = resident("VmRSS"), time.perf_counter()
     if rows:
-        ss.counterfactuals(model, sinks, rows, progress=False)
+        ss.counterfactuals(model, sink_map, rows, progress=False)
     else:
-        ss.trace(model, sinks.tokens, [ss.ResidualGeometry()])
+        ss.trace(model, sink_map.tokens, [ss.ResidualGeometry()])
     return time.perf_counter() - began, resident("VmHWM") - before
 
 
@@ -62,12 +62,13 @@ def visit(model_name: str, repeats: int) -> list[tuple[float, float]]:
     measure(model, maps[LENGTHS[0]], 1)  # the self-test, once a model
     runs = [[measure(model, maps[length], n) for length, n in CELLS] for _ in range(repeats)]
     cells = zip(*runs, strict=True)
-    return [(statistics.median(s for s, _ in own), statistics.median(m for _, m in own))
-            for own in cells]  # fmt: skip
+    return [
+        tuple(statistics.median(column) for column in zip(*cell, strict=True)) for cell in cells
+    ]
 
 
 def in_a_process(model_name: str, repeats: int, **environment: str) -> list[tuple[float, float]]:
-    """What `visit` finds in a process of its own."""
+    """The result of `visit` in a separate process."""
     command = [sys.executable, __file__, "--visit", "--model", model_name]
     done = subprocess.run(
         [*command, "--repeats", str(repeats)],
@@ -78,7 +79,7 @@ def in_a_process(model_name: str, repeats: int, **environment: str) -> list[tupl
     return [tuple(cell) for cell in json.loads(done.stdout.splitlines()[-1])]
 
 
-def draw(seconds: Found, megabytes: Found, path: Path) -> None:
+def draw(seconds: ByCell, megabytes: ByCell, path: Path) -> None:
     """Seconds and memory over the number of rows, a curve for each length."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
@@ -88,10 +89,10 @@ def draw(seconds: Found, megabytes: Found, path: Path) -> None:
     with styled():
         figure = new_figure(6.4, 2.7)
         panels = {"seconds": seconds, "MB above the model": megabytes}
-        for number, (label, found) in enumerate(panels.items()):
+        for number, (label, by_cell) in enumerate(panels.items()):
             axes = add_panel(figure, 0.7 + number * 3.1, 0.25, 2.4, 1.9)
             for shade, length in zip((0.4, 0.7, 1.0), LENGTHS, strict=True):
-                values = [found[length, count] for count in counts]
+                values = [by_cell[length, count] for count in counts]
                 color = (0, 0.45 * shade, 0.7 * shade)
                 axes.plot(
                     counts, values, marker="o", markersize=3, color=color, label=f"{length} tokens"

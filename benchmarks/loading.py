@@ -3,11 +3,11 @@
 Claims: importing the package costs a few hundredths of a second over an interpreter that does
 nothing, and `secondary-sinks --help` less than a fifth, because nothing heavy is imported before it
 is used; a cached model of half a billion parameters is ready in less than three seconds, imports
-aside, which is little over reading the same folder with Hugging Face alone.
+aside, which is little more than reading the same folder with Hugging Face alone.
 
-Every side is a process of its own; the sides take turns, and the shortest time of each counts,
+Every side is a separate process; the sides take turns, and the shortest time of each counts,
 because the first reads its files from disk and later ones from the system's cache. A ratio is to
-the side that is named behind it. Imports are set aside by loading twice in one process.
+the side named after it. Loading twice in one process leaves imports out.
 
     python benchmarks/loading.py [--model qwen2.5-coder-0.5b] [--repeats 5]
 """
@@ -86,7 +86,7 @@ def main() -> None:
     for _ in range(options.repeats):  # interleaved, so that drift of the machine cancels
         for side, (code, _) in compared.items():
             times[side].append(seconds(code))
-    shortest = {side: min(found) for side, found in times.items()}
+    shortest = {side: min(runs) for side, runs in times.items()}
     packages = ("torch", "transformers", "transformer-lens")
     print(f"shortest of {options.repeats}; {platform.machine()}, Python", end=" ")
     print(platform.python_version(), *(f"{name} {version(name)}" for name in packages), sep=", ")

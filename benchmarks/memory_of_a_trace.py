@@ -4,17 +4,17 @@ Claims: (a) collecting residual norms, alignment, sink scores, key, value, MLP a
 and massive activations of every layer and head takes at most 1.2 times the peak of a plain forward
 pass, weights included, and above the weights at least 20 times less than `run_with_cache`, at 512
 tokens of Qwen2.5-0.5B; (b) with streamed attention 16,384 tokens of SmolLM2-135M and of
-Qwen2.5-0.5B stay within 8 GB above the weights, where the eager sides, which do not run beyond
-2,048 tokens here, would hold 10 and 15 GB for each copy of one layer's scores.
+Qwen2.5-0.5B stay within 8 GB above the weights. The eager sides, which do not run beyond 2,048
+tokens here, would hold 10 and 15 GB for each copy of one layer's scores.
 
-The plain pass is the host's own, with eager attention, and the same with Hugging Face's fast
-attention (SDPA), which holds no pattern; the trace is eager and streamed.
+The plain pass is TransformerLens' with eager attention, and Hugging Face's with fast attention
+(SDPA), which holds no pattern; the trace is eager and streamed.
 
-Each side runs in a process of its own, one after the other, and reports the peak of its resident
-memory during the pass (as Linux tells it), the ratio to the first side's, and how far the peak is
-above what the process had before, with the model loaded and warmed up on a few tokens. The C
-library is told to give freed tensors back at once (`MALLOC_MMAP_THRESHOLD_`); what it would
-otherwise keep for later differs by hundreds of megabytes from run to run.
+Each side runs in a separate process, one after the other, and reports the peak of its resident
+memory during the pass (from Linux), the ratio to the first side's, and how far the peak is above
+what the process had before, with the model loaded and warmed up on a few tokens. The C library is
+set to return freed tensors at once (`MALLOC_MMAP_THRESHOLD_`); what it would otherwise keep differs
+by hundreds of megabytes from run to run.
 
     python benchmarks/memory_of_a_trace.py [--model smollm2-135m --tokens 512 4096] [--repeats 3]
 """
@@ -59,19 +59,19 @@ class Measured(NamedTuple):
 
 
 def sides_at(n_tokens: int) -> list[str]:
-    """What is run at a length: beyond some, only what holds no pattern."""
+    """The sides that run at a length: long texts only without a pattern."""
     flat = ("plain, SDPA", "trace, streamed")
     return [side for side in SIDES if n_tokens <= EAGER_UP_TO or side in flat]
 
 
 def resident(what: Literal["VmRSS", "VmHWM"]) -> float:
-    """MB of this process's memory now, or its peak since it was last forgotten (Linux)."""
+    """MB of this process's memory now, or its peak since `forget_the_peak` (Linux)."""
     status = Path("/proc/self/status").read_text()
     return float(status.split(f"{what}:")[1].split()[0]) / 1024
 
 
 def forget_the_peak() -> None:
-    """Let the peak count from now on."""
+    """Measure the peak from now on."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -94,7 +94,7 @@ def measure(side: str, model_name: str, n_tokens: int) -> None:
     else:
         model = ss.load_model(model_name, progress=False)
         vocabulary = int(model.cfg.d_vocab)
-        # Longer texts than the model was made for take as much memory as if it had been.
+        # Texts beyond the model's context take as much memory as any.
         model.cfg.n_ctx = max(model.cfg.n_ctx, n_tokens)
     tokens = (torch.arange(n_tokens) * 7919 % vocabulary)[None]
     collectors = [
@@ -107,29 +107,29 @@ def measure(side: str, model_name: str, n_tokens: int) -> None:
     ]
     plain = {"use_cache": False, "logits_to_keep": 1}
 
-    def run(these: torch.Tensor) -> object:
+    def run(text: torch.Tensor) -> object:
         with torch.no_grad():
             if side == "plain, SDPA":
-                return model(these, **plain).logits
+                return model(text, **plain).logits
             if side == PLAIN:
-                return model(these, return_type=None, **plain)
+                return model(text, return_type=None, **plain)
             if side == CACHE:
-                return model.run_with_cache(these, return_type=None)
-            way = "eager" if side == "trace, eager" else "streaming"
-            return ss.trace(model, these, collectors, attention=way)
+                return model.run_with_cache(text, return_type=None)
+            attention = "eager" if side == "trace, eager" else "streaming"
+            return ss.trace(model, text, collectors, attention=attention)
 
-    run(tokens[:, :64])  # with the comparison that comes before a model's first streamed pass
+    run(tokens[:, :64])  # includes the comparison before a model's first streamed pass
     # Weights are mapped from disk and become resident when first read: read them all now.
     touched = sum(float(p.detach().sum()) for p in model.parameters())
     forget_the_peak()
     before, began = resident("VmRSS"), time.perf_counter()
-    kept = run(tokens)
+    result = run(tokens)
     took, peak = time.perf_counter() - began, resident("VmHWM")
-    print(peak - before, peak, took, touched != 0, type(kept).__name__)
+    print(peak - before, peak, took, touched != 0, type(result).__name__)
 
 
 def measured(side: str, model_name: str, n_tokens: int) -> Measured:
-    """Run one side in a process of its own."""
+    """Run one side in a separate process."""
     command = [sys.executable, __file__, "--side", side, "--model", model_name]
     command += ["--tokens", str(n_tokens)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
@@ -147,16 +147,16 @@ def report(model_name: str, n_tokens: int, repeats: int) -> None:
         for side in sides:
             runs[side].append(measured(side, model_name, n_tokens))
     middle = {
-        side: Measured(*(statistics.median(column) for column in zip(*found, strict=True)))
-        for side, found in runs.items()
+        side: Measured(*(statistics.median(column) for column in zip(*of_side, strict=True)))
+        for side, of_side in runs.items()
     }
     base = middle[sides[0]]
     print(f"\n{model_name}, {n_tokens} tokens, median of {repeats} run{'s' * (repeats > 1)}")
     print(f"{'':<17}{'peak MB':>9}{'ratio':>7}{'above weights MB':>18}{'seconds':>9}")
-    for side, found in middle.items():
+    for side, median in middle.items():
         print(
-            f"{side:<17}{found.peak:>9.0f}{found.peak / base.peak:>7.2f}{found.growth:>18.0f}"
-            f"{found.seconds:>9.2f}   {SIDES[side]}"
+            f"{side:<17}{median.peak:>9.0f}{median.peak / base.peak:>7.2f}{median.growth:>18.0f}"
+            f"{median.seconds:>9.2f}   {SIDES[side]}"
         )
     if CACHE in middle:
         for side in ("trace, eager", "trace, streamed"):

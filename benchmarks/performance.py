@@ -19,16 +19,15 @@ PAGE = HERE.parent / "docs" / "performance.md"
 ARGUMENTS = {"growth_of_rows": ["--out", str(HERE.parent / "docs" / "images")]}
 HEAD = """# Performance
 
-Every table on this page is the output of a script in `benchmarks/`, and `make benchmarks` writes
-the page anew. Sides that are compared run in turn within one process, or in processes of their own,
-so that the drift of a machine cancels; the numbers are those of the machine that each table names.
-A ratio carries over to other machines better than a time. No GPU was at hand: nothing here was
-measured on one.
+Every table on this page is the output of a script in `benchmarks/`; `make benchmarks` rewrites the
+page. Compared sides run in turn, within one process or in separate ones, so that the drift of a
+machine cancels. The numbers are those of the machine that each table names; a ratio carries over to
+other machines better than a time. Nothing here was measured on a GPU.
 """
 
 
 def section(script: Path) -> str:
-    """What a benchmark claims, how to run it, and what it printed."""
+    """The claim of a benchmark, how to run it, and its output."""
     docstring = ast.get_docstring(ast.parse(script.read_text())) or ""
     title, _, rest = docstring.partition("\n")
     about = rest.rsplit("\n\n    python", 1)[0].strip()
@@ -52,7 +51,7 @@ def main() -> None:
         if not options.only or script.stem in options.only:
             print(script.stem, flush=True)
             known[script.stem] = section(script)
-            # After each, so that an interruption loses one and not all.
+            # After each, so that an interruption loses only one.
             ordered = [known[other.stem] for other in scripts if other.stem in known]
             PAGE.write_text("\n".join([HEAD, *ordered]))
 

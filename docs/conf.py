@@ -43,12 +43,12 @@ python_use_unqualified_type_names = True
 
 
 def _as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Let docstrings, which are light Markdown, read as reStructuredText.
+    """Turn docstrings, which are light Markdown, into reStructuredText.
 
-    An indented block after an empty line is code (a Google section has no such line after its
-    title), and a vertical bar is a vertical bar.
+    An indented block after an empty line is code (a Google section has no empty line after its
+    title), and vertical bars outside of code are escaped.
     """
-    done: list[str] = []
+    rst: list[str] = []
     in_code = False
     for index, line in enumerate(lines):
         before = lines[index - 1] if index else ""
@@ -57,12 +57,12 @@ def _as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
             in_code = False
         starts = line.startswith("    ") and not before.strip() and index > 1
         if starts and not in_code and not _inside_list_or_section(lines, index):
-            done += ["::", ""]
+            rst += ["::", ""]
             in_code = True
         if not in_code and not line.lstrip().startswith((">>>", "...")):
             line = re.sub(r"(?<!\\)\|", r"\\|", _outside_code(line))
-        done.append(line.replace("\x00", "|"))
-    lines[:] = done
+        rst.append(line.replace("\x00", "|"))
+    lines[:] = rst
 
 
 def _outside_code(line: str) -> str:
@@ -71,7 +71,7 @@ def _outside_code(line: str) -> str:
 
 
 def _inside_list_or_section(lines: list[str], index: int) -> bool:
-    """Whether an indented line goes on with a list item or a Google section."""
+    """Whether an indented line continues a list item or a Google section."""
     for line in reversed(lines[:index]):
         if line.strip() and not line.startswith(" "):
             return bool(re.match(r"(\*|-|\d+\.) |\w[\w ]*:$", line))
@@ -79,7 +79,7 @@ def _inside_list_or_section(lines: list[str], index: int) -> bool:
 
 
 def _keep_colon(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Hide the colons of an attribute's first line, which napoleon would take for `type: text`."""
+    """Hide colons in an attribute's first line: napoleon would read them as `type: text`."""
     if what in ("attribute", "data", "property") and lines:
         lines[0] = lines[0].replace(":", "\x01")
 
@@ -99,14 +99,14 @@ def _short_signature(
     signature: str | None,
     result: str | None,
 ) -> tuple[str | None, str | None]:
-    """Names without their modules, where a default of `<factory>` keeps Sphinx from doing it."""
+    """Show names without their modules; Sphinx fails to where a default is `<factory>`."""
     if signature and "<factory>" in signature:
         signature = re.sub(r"~(?:\w+\.)+", "", signature).replace("<factory>", "{}")
     return signature, result
 
 
 def _without_overloads(analyze: Callable[[ModuleAnalyzer], None]) -> Callable[..., None]:
-    """Let a function have its own signature: overloads would hide its arguments' defaults."""
+    """Show the function's own signature: overloads would hide the defaults of its arguments."""
 
     def analyzed(self: ModuleAnalyzer) -> None:
         analyze(self)

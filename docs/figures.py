@@ -1,9 +1,9 @@
 """Make every picture of the documentation and README, and the tables measured on a larger model.
 
-    python docs/figures.py            # all; downloads the models on first use, then about a minute
+    python docs/figures.py            # downloads the models on first use, then takes about a minute
 
-Pictures go to `docs/images`, tables to `docs/measured`, which the pages include. What the pages say
-in words about them was read off these.
+Pictures go to `docs/images`, tables to `docs/measured`, which the pages include. The sentences of
+the pages about them were read off these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pages
 from matplotlib.figure import Figure
 
 import secondary_sinks as ss
-from secondary_sinks.cli.app import DEMO_MODEL, DEMO_TOKENS, demo_messages
+from secondary_sinks.cli.detect import DEMO_MODEL, DEMO_TOKENS, demo_messages
 from secondary_sinks.plots.sink_curves import (
     CURVES_HEIGHT,
     draw_legend,
@@ -47,10 +47,14 @@ def main() -> None:
         (DOCS / "measured" / f"{name}.txt").write_text(table, encoding="utf-8")
     os.chdir(tempfile.mkdtemp())  # for the files that pages write
     start = pages.run_page(DOCS / "start.md")
-    _save("smollm", start["sinks"].plot())
+    _save("smollm", first_map(start).plot())
     _save("levels", start["levels"].plot())
-    planted = pages.run_page(DOCS / "planted.md")
-    _save("planted", planted["sinks"].plot())
+    _save("planted", first_map(pages.run_page(DOCS / "planted.md")).plot())
+
+
+def first_map(names: dict[str, Any]) -> ss.SinkMap:
+    """The first sink map that a page makes."""
+    return next(value for value in names.values() if isinstance(value, ss.SinkMap))
 
 
 def measured(model: Any, demo: ss.SinkMap | None = None) -> dict[str, str]:
@@ -59,7 +63,7 @@ def measured(model: Any, demo: ss.SinkMap | None = None) -> dict[str, str]:
         demo = ss.detect_sinks(model, demo_messages(), max_tokens=DEMO_TOKENS)
     return {
         "demo": demo_table(demo),
-        "reference_labels": reference_table(model),
+        "published_labels": published_table(model),
         "bos": bos_table(model),
     }
 
@@ -71,12 +75,14 @@ def demo_table(demo: ss.SinkMap) -> str:
     return f"{demo}\n\n{_table(frame)}\n"
 
 
-def reference_table(model: Any) -> str:
+def published_table(model: Any) -> str:
     """The same conversation by the published criterion."""
-    sinks = ss.detect_sinks(model, demo_messages(), max_tokens=DEMO_TOKENS, criterion="reference")
-    frame = sinks.to_frame()[["position", "token", "kind", "onset", "lifetime"]]
+    sink_map = ss.detect_sinks(
+        model, demo_messages(), max_tokens=DEMO_TOKENS, criterion="published"
+    )
+    frame = sink_map.to_frame()[["position", "token", "kind", "onset", "lifetime"]]
     frame["token"] = frame["token"].map(repr)
-    return f"{sinks}\n\n{_table(frame)}\n"
+    return f"{sink_map}\n\n{_table(frame)}\n"
 
 
 def bos_table(model: Any) -> str:
@@ -85,34 +91,35 @@ def bos_table(model: Any) -> str:
 
     rows = []
     for prepend_bos in (None, True):
-        sinks = ss.detect_sinks(model, PLAIN_TEXT, prepend_bos=prepend_bos)
-        first = sinks.norm[:, 0]
+        sink_map = ss.detect_sinks(model, PLAIN_TEXT, prepend_bos=prepend_bos)
+        first = sink_map.norm[:, 0]
+        phases = " ".join(f"{start}-{end - 1}" for start, end in sink_map.phases)
         rows.append(
             {
                 "prepend_bos": str(prepend_bos),
-                "first token": repr(sinks.token_strings[0]),
-                "phases": " ".join(f"{start}-{end - 1}" for start, end in sinks.phases) or "none",
+                "first token": repr(sink_map.token_strings[0]),
+                "phases": phases or "none",
                 "norm 2": float(first[2]),
                 "norm 10": float(first[10]),
                 "norm 20": float(first[20]),
-                "median 10": float(sinks.norm[10].median()),
-                "attention ratio 3-22": float(sinks.attention_ratio[3:23, 0].mean()),
+                "median 10": float(sink_map.norm[10].median()),
+                "attention ratio 3-22": float(sink_map.attention_ratio[3:23, 0].mean()),
             }
         )
     return _table(pd.DataFrame(rows)) + "\n"
 
 
-def curves(sinks: ss.SinkMap) -> Figure:
+def curves(sink_map: ss.SinkMap) -> Figure:
     """Sink scores and residual norms by layer, larger than in the sink map."""
     width, panel, left = 7.0, 2.7, 0.6
     top = 0.35
     below = top + CURVES_HEIGHT * 1.25 + 0.5
     with styled():
-        figure = new_figure(width, below + legend_height(sinks, width) + 0.1)
-        draw_scores(add_panel(figure, left, top, panel, CURVES_HEIGHT * 1.25), sinks)
+        figure = new_figure(width, below + legend_height(sink_map, width) + 0.1)
+        draw_scores(add_panel(figure, left, top, panel, CURVES_HEIGHT * 1.25), sink_map)
         second = left + panel + 0.75
-        draw_norms(add_panel(figure, second, top, panel, CURVES_HEIGHT * 1.25), sinks)
-        draw_legend(figure, sinks, left=left, top=below)
+        draw_norms(add_panel(figure, second, top, panel, CURVES_HEIGHT * 1.25), sink_map)
+        draw_legend(figure, sink_map, left=left, top=below)
     return figure
 
 

@@ -1,9 +1,10 @@
 """Run the Python of a documentation page, and compare what it prints with what the page shows.
 
-A page is a Markdown file. Its fenced ``python`` blocks run in order, in one namespace, like the
-cells of a notebook: what a block prints is its output, and so is the value of its last expression.
-A fenced ``text`` block right behind a ``python`` block shows that output. A ``python-norun`` block
-is only read by people.
+The ``python`` blocks of a Markdown page run in order, in one namespace, like the cells of a
+notebook: the output of a block is what it prints and the value of its last expression. A ``text``
+block right after a ``python`` block shows that output. ``python-norun`` blocks are not run.
+
+    python docs/pages.py [page ...]      # bring the shown outputs up to date
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Block:
     """One piece of Python of a page."""
 
     line: int
-    """Where the page has it."""
+    """Line of the page on which it begins."""
     code: str
     shown: str | None
     """The output that the page shows, if it shows one."""
@@ -70,20 +71,20 @@ def run_page(page: Path) -> dict[str, Any]:
 
 
 def differences(shown: str, output: str) -> list[str]:
-    """Lines in which the output is not what the page shows; empty if it is.
+    """Lines in which the output differs from what the page shows.
 
     Blanks do not count, and a number with a decimal point may differ by one in its last digit or by
-    one per cent: another processor adds up in another order.
+    one per cent, because processors add up in different orders.
     """
-    expected = [line.split() for line in shown.splitlines() if line.strip()]
-    found = [line.split() for line in output.splitlines() if line.strip()]
+    expected = [" ".join(line.split()) for line in shown.splitlines() if line.strip()]
+    actual = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
     wrong = [
-        f"shown {' '.join(one)!r}, got {' '.join(other)!r}"
-        for one, other in zip(expected, found, strict=False)
-        if not _alike(" ".join(one), " ".join(other))
+        f"shown {line!r}, got {got!r}"
+        for line, got in zip(expected, actual, strict=False)
+        if not _alike(line, got)
     ]
-    if len(expected) != len(found):
-        wrong.append(f"{len(expected)} lines shown, got {len(found)}")
+    if len(expected) != len(actual):
+        wrong.append(f"{len(expected)} lines shown, got {len(actual)}")
     return wrong
 
 
@@ -91,15 +92,15 @@ def _alike(shown: str, output: str) -> bool:
     if _NUMBER.sub("#", shown) != _NUMBER.sub("#", output):
         return False
     pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(output), strict=True)
-    return all(one == other or _close(one, other) for one, other in pairs)
+    return all(number == got or _close(number, got) for number, got in pairs)
 
 
-def _close(one: str, other: str) -> bool:
-    if "." not in one or "." not in other:
+def _close(shown: str, output: str) -> bool:
+    if "." not in shown or "." not in output:
         return False
-    digits = len(one.partition(".")[2].partition("e")[0])
-    allowed = max(1.01 * 10**-digits, 0.01 * abs(float(one)))
-    return abs(float(one) - float(other)) <= allowed
+    digits = len(shown.partition(".")[2].partition("e")[0])
+    allowed = max(1.01 * 10**-digits, 0.01 * abs(float(shown)))
+    return abs(float(shown) - float(output)) <= allowed
 
 
 def _shown(value: Any) -> str:
@@ -111,7 +112,7 @@ def _shown(value: Any) -> str:
 
 
 def updated(page: Path) -> str:
-    """The page's text with every shown output replaced by what its block gives now."""
+    """The page's text with the outputs that its blocks give now."""
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, Any] = {"__name__": "__main__"}
     parts: list[str] = []
@@ -124,12 +125,12 @@ def updated(page: Path) -> str:
     return "".join([*parts, text[position:]])
 
 
-if __name__ == "__main__":  # python docs/pages.py [page ...]: bring the shown outputs up to date
+if __name__ == "__main__":
     import os
     import sys
     import tempfile
 
-    chosen = [Path(name).absolute() for name in sys.argv[1:]] or PAGES
+    pages = [Path(name).absolute() for name in sys.argv[1:]] or PAGES
     os.chdir(tempfile.mkdtemp())  # for the files that pages write
-    for page in chosen:
+    for page in pages:
         page.write_text(updated(page), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Beyond the paper: some block ends a sink, as some block made it.
+"""Beyond the paper: one block ends a sink, as one block made it.
 
-Claim: a secondary sink does not fade but is erased: one later block takes its vector off again,
-and without that block's output the token stays a sink for longer.
+Claim: a secondary sink does not fade but is erased: one later block subtracts its vector, and
+without that block's output the token stays a sink for longer.
 
 Supported if at least 80 % of the sinks that end before the last layer have such an eraser; not
 supported otherwise.
@@ -22,11 +22,13 @@ def run(bench: Bench) -> Outcome:
     """Decompositions of the texts that are examined closely."""
     if not bench.close:
         return cannot_tell(bench)
-    found = [ss.sink_decomposition(bench.model, s, progress=False) for s in bench.close]
-    frame = by_text(found)
-    ended = frame[frame["last_layer"] < found[0].n_layers - 1]
+    decompositions = [
+        ss.sink_decomposition(bench.model, sink_map, progress=False) for sink_map in bench.close
+    ]
+    frame = by_text(decompositions)
+    ended = frame[frame["last_layer"] < decompositions[0].n_layers - 1]
     outcome = {
-        "figures": {"beyond_erasers": found[0].plot()},
+        "figures": {"beyond_erasers": decompositions[0].plot()},
         "tables": {"beyond_erasers": frame},
     }
     if not len(ended):
@@ -36,8 +38,8 @@ def run(bench: Bench) -> Outcome:
     named = Counter(ended["eraser"].dropna())
     counts = ", ".join(f"{eraser} ({count})" for eraser, count in named.most_common(4)) or "none"
     why = (
-        f"{percent(share)} of {len(ended)} sinks of {len(found)} texts ({bench.name}) that end "
-        f"before the last layer have an eraser: {counts}. It takes off a median of "
+        f"{percent(share)} of {len(ended)} sinks of {len(decompositions)} texts ({bench.name}) "
+        f"that end before the last layer have an eraser: {counts}. It subtracts a median of "
         f"{percent(ended['share'].median())} of their length along the sink direction, and "
         f"{percent(ended['primary_share'].median())} of the primary's own."
     )

@@ -3,7 +3,7 @@
 Claim: the thresholded sink rate of Gu et al. and massive activations name the primary sink, and
 miss the secondary sinks of this library's criterion.
 
-Supported if over the texts that are examined closely each of the two names fewer than half of the
+Supported if, over the texts that are examined closely, each of the two names fewer than half of the
 secondary sinks; not supported otherwise.
 """
 
@@ -15,25 +15,25 @@ import secondary_sinks as ss
 
 
 def run(bench: Bench) -> Outcome:
-    """All measures beside each other, over the texts that are examined closely."""
+    """All measures over the texts that are examined closely."""
     if not bench.close:
         return cannot_tell(bench)
-    found = [ss.other_measures(bench.model, sinks) for sinks in bench.close]
-    frame = by_text(found)
-    own = frame[frame["secondary"]]
+    measures = [ss.other_measures(bench.model, sink_map) for sink_map in bench.close]
+    frame = by_text(measures)
+    secondary = frame[frame["secondary"]]
     names = [name for name in ("gu", "massive", "published") if name in frame]
-    shares = {name: float(own[name].mean()) for name in names}
-    holds = len(own) > 0 and all(shares[n] < 0.5 for n in ("gu", "massive") if n in shares)
+    shares = {name: float(secondary[name].mean()) for name in names}
+    holds = len(secondary) > 0 and all(shares[n] < 0.5 for n in ("gu", "massive") if n in shares)
     listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     why = (
-        f"Of {len(own)} secondary sinks that could be compared in {len(found)} texts "
+        f"Of {len(secondary)} secondary sinks that could be compared in {len(measures)} texts "
         f"({bench.name}), the other measures name: {listed}. Together they name "
-        f"{int((~frame['secondary']).sum())} tokens that are no secondary sinks, primaries among "
-        f"them."
+        f"{int((~frame['secondary']).sum())} tokens that are not secondary sinks, primaries "
+        f"included."
     )
     return Outcome(
         Verdict("supported" if holds else "not supported", why),
-        figures={"beyond_measures": found[0].plot()},
+        figures={"beyond_measures": measures[0].plot()},
         tables={"beyond_measures": frame},
     )
 

@@ -20,32 +20,34 @@ def run(bench: Bench) -> Outcome:
     """Rates over all texts."""
     if not bench.with_sinks:
         return cannot_tell(bench)
-    found = ss.token_statistics(bench.maps)
-    classes = {one.group: one for one in found.of("class")}
+    statistics = ss.token_statistics(bench.maps)
+    classes = {rate.group: rate for rate in statistics.of("class")}
     outcome = {
-        "figures": {"beyond_tokens": found.plot()},
-        "tables": {"beyond_tokens": found.to_frame()},
+        "figures": {"beyond_tokens": statistics.plot()},
+        "tables": {"beyond_tokens": statistics.to_frame()},
     }
     little = [classes[name] for name in LITTLE_MEANING if name in classes]
     word = classes.get("word")
     if not little or word is None:
         return Outcome(cannot_tell(bench, "Too few kinds of tokens.").verdict, **outcome)
-    best = max(little, key=lambda one: one.low)
+    best = max(little, key=lambda rate: rate.low)
     if best.low > word.high:
         answer = "supported"
     else:
-        answer = "not supported" if all(one.high < word.low for one in little) else "cannot tell"
+        answer = "not supported" if all(rate.high < word.low for rate in little) else "cannot tell"
     rates = ", ".join(
-        f"{name} {one.n_sinks} of {one.n} ({one.lift:.1f} times the mean rate)"
-        for name, one in sorted(classes.items(), key=lambda item: -item[1].rate)
+        f"{name} {rate.n_sinks} of {rate.n} ({rate.lift:.1f} times the mean rate)"
+        for name, rate in sorted(classes.items(), key=lambda item: -item[1].rate)
     )
     first = ", ".join(
-        f"{one.group!r} {one.n_sinks} of {one.n}" for one in found.of("token")[:5] if one.n_sinks
+        f"{rate.group!r} {rate.n_sinks} of {rate.n}"
+        for rate in statistics.of("token")[:5]
+        if rate.n_sinks
     )
     why = (
-        f"{found.n_sinks} secondary sinks among {found.n_occurrences} tokens of {found.n_texts} "
-        f"texts ({bench.name}). By class: {rates}. Tokens with most sinks: {first}. Where texts "
-        f"begin alike they are counted once."
+        f"{statistics.n_sinks} secondary sinks among {statistics.n_occurrences} tokens of "
+        f"{statistics.n_texts} texts ({bench.name}). By class: {rates}. Tokens with most sinks: "
+        f"{first}. Sinks that texts share because they begin alike are counted once."
     )
     return Outcome(Verdict(answer, why), **outcome)
 

@@ -25,26 +25,26 @@ def run(bench: Bench) -> Outcome:
     if not bench.close:
         return cannot_tell(bench)
     pooled = ss.pool_attributions(bench.attributions, seed=bench.seed)
-    named = [one for one in pooled.writers if one.layer is not None]
-    share = sum(one.n_sinks for one in named) / pooled.n_sinks
+    writers = [writer for writer in pooled.writers if writer.layer is not None]
+    share = sum(writer.n_sinks for writer in writers) / pooled.n_sinks
     tables = {
         "claim_1_writers": pooled.to_frame(),
-        "claim_1_sinks": pd.concat([one.to_frame() for one in bench.attributions]),
+        "claim_1_sinks": pd.concat([result.to_frame() for result in bench.attributions]),
     }
     figures = {"claim_1_writers": bench.attributions[0].plot()}
-    if not named:
+    if not writers:
         why = f"No MLP passes all three tests for any of {pooled.n_sinks} sinks: {bench.about()}."
         return Outcome(Verdict("not supported", why), figures, tables)
     depth = bench.attributions[0].n_layers
-    middle = all(0 < one.layer < depth - 1 for one in named)
-    gains = all(one.gain_over_random.low > 0 or one.n_texts < 2 for one in named)
+    middle = all(0 < writer.layer < depth - 1 for writer in writers)
+    gains = all(writer.gain_over_random.low > 0 or writer.n_texts < 2 for writer in writers)
     holds = share >= MIN_SHARE and middle and gains
-    first = named[0]
-    feeders = ", ".join(f"MLP {f} ({n} sinks)" for f, n in first.feeders.items()) or "none"
+    first = writers[0]
+    feeders = ", ".join(f"MLP {layer} ({n} sinks)" for layer, n in first.feeders.items()) or "none"
     why = (
         f"{percent(share)} of {pooled.n_sinks} sinks of {pooled.n_texts} texts ({bench.name}, "
         f"{depth} layers) have a writer: "
-        + ", ".join(f"MLP {one.layer} ({one.n_sinks} sinks)" for one in named)
+        + ", ".join(f"MLP {writer.layer} ({writer.n_sinks} sinks)" for writer in writers)
         + f". Without MLP {first.layer} a mean of {percent(first.length_left.value)} of a sink's "
         f"length along the sink direction is left; its output makes sinks of "
         f"{percent(first.transplant_share.value)} of the ordinary tokens that get it, and gains "

@@ -5,8 +5,8 @@ many layers it lasts.
 
 Tested by intervention: the same token gets the same vector at 21 lengths from nothing to 2.5 times
 the model's own. Supported if, in at least 80 % of the sinks, both the direct sink score and the
-lifetime rise with the dose (Spearman above 0.8), not supported otherwise. Where lifetimes saturate,
-the smallest dose from which on they are that of the clean run is told beside.
+lifetime rise with the dose (Spearman above 0.8); not supported otherwise. Where lifetimes saturate,
+the verdict names the smallest dose from which on they equal the clean run's.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ PER_TEXT = 3
 def run(bench: Bench) -> Outcome:
     """Dose-response of a few sinks of each text that has a writer for them."""
     curves: list[ss.DoseResponse] = []
-    for text, (sinks, attribution) in enumerate(
-        zip(bench.close, bench.attributions if bench.close else (), strict=True)
+    for text, (sink_map, attribution) in enumerate(
+        zip(bench.close, bench.attributions, strict=True)
     ):
-        named = sorted(
-            (one for one in attribution.sinks if one.writer is not None),
-            key=lambda one: -one.norm,
+        written = sorted(
+            (sink for sink in attribution.sinks if sink.writer is not None),
+            key=lambda sink: -sink.norm,
         )
-        for one in named[:PER_TEXT]:
+        for attributed in written[:PER_TEXT]:
             sink = next(
-                s for s in sinks.secondary if (s.position, s.l_start) == (one.position, one.onset)
+                sink
+                for sink in sink_map.secondary
+                if (sink.position, sink.l_start) == (attributed.position, attributed.onset)
             )
             curves.append(
                 ss.dose_response(
                     bench.model,
-                    sinks,
+                    sink_map,
                     sink,
-                    writer=one.writer,
+                    writer=attributed.writer,
                     totals=text == 0 and not curves,
                     seed=bench.seed,
                     progress=False,
@@ -50,12 +52,12 @@ def run(bench: Bench) -> Outcome:
         return cannot_tell(bench, f"No sink with a writer to dose: {bench.about()}.")
     rhos = pd.DataFrame(
         {
-            "position": [one.position for one in curves],
-            "token": [one.token for one in curves],
-            "writer": [one.writer for one in curves],
-            "score_rho": [one.score_correlation.rho for one in curves],
-            "lifetime_rho": [one.lifetime_correlation.rho for one in curves],
-            "saturation_dose": [one.saturation_dose for one in curves],
+            "position": [curve.position for curve in curves],
+            "token": [curve.token for curve in curves],
+            "writer": [curve.writer for curve in curves],
+            "score_rho": [curve.score_correlation.rho for curve in curves],
+            "lifetime_rho": [curve.lifetime_correlation.rho for curve in curves],
+            "saturation_dose": [curve.saturation_dose for curve in curves],
         }
     )
     score = (rhos["score_rho"] > MIN_RHO).mean()

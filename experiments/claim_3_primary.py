@@ -2,25 +2,26 @@
 
 Claim: the primary sink weakens in middle layers because secondary sinks emerge there.
 
-Tested by intervention: all secondary sinks of a text are silenced at their writers, and everything
-after is computed anew. Supported if the primary's sink score rises in the layers that saw them, in
-every text, by more than in control edits of as many ordinary tokens and with an interval over
-texts above zero; not supported if the interval lies below zero; cannot tell otherwise.
+Tested by intervention: the outputs of the writers of all secondary sinks of a text are set to zero
+at those tokens, and the rest is computed again. Supported if the primary's sink score rises in the
+layers whose attention shows the sinks, in every text, by more than in control edits of as many
+ordinary tokens and with an interval over texts above zero; not supported if the interval lies below
+zero; cannot tell otherwise.
 """
 
 from __future__ import annotations
 
+import pandas as pd
 from shared import Bench, Outcome, Verdict, cannot_tell, interval, main
 
 import secondary_sinks as ss
 
 
 def run(bench: Bench) -> Outcome:
-    """The texts that are examined closely without their secondary sinks."""
+    """The texts that are examined closely, without their secondary sinks."""
     if not bench.close:
         return cannot_tell(bench)
-    found = ss.primary_weakening(bench.maps, removals=bench.removals, seed=bench.seed)
-    causal = found.causal
+    causal = ss.primary_weakening(bench.maps, removals=bench.removals, seed=bench.seed).causal
     if causal is None:
         return cannot_tell(bench)
     beyond = bool((causal.change > causal.control_change.nan_to_num(0.0).abs()).all())
@@ -32,15 +33,15 @@ def run(bench: Bench) -> Outcome:
         answer = "cannot tell"
     first = bench.removals[0]
     loss = sum(
-        float(one.edited_loss.mean() - one.clean_loss.mean()) for one in bench.removals
+        float(removal.edited_loss.mean() - removal.clean_loss.mean()) for removal in bench.removals
     ) / len(bench.removals)
     why = (
         f"Without the secondary sinks of {len(causal.change)} texts ({bench.name}) the primary's "
         f"sink score changes by {causal.mean:+.3f} ({interval(causal.low, causal.high)}) in the "
-        f"layers that saw them; control edits of as many ordinary tokens change it by "
-        f"{float(causal.control_change.nanmean()):+.3f}. In the richest text it goes from "
-        f"{first.primary_clean:.3f} to {first.primary_edited:.3f}. The loss changes by {loss:+.3f} "
-        f"nats a token on average."
+        f"layers that show them; control edits of as many ordinary tokens change it by "
+        f"{float(causal.control_change.nanmean()):+.3f}. In the text with the most sinks it goes "
+        f"from {first.primary_clean:.3f} to {first.primary_edited:.3f}. The loss changes by "
+        f"{loss:+.3f} nats a token on average."
     )
     return Outcome(
         Verdict(answer, why),
@@ -49,16 +50,14 @@ def run(bench: Bench) -> Outcome:
     )
 
 
-def _frame(bench: Bench):
-    import pandas as pd
-
+def _frame(bench: Bench) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "primary_clean": [one.primary_clean for one in bench.removals],
-            "primary_edited": [one.primary_edited for one in bench.removals],
-            "p_value": [one.p_value for one in bench.removals],
-            "clean_loss": [float(one.clean_loss.mean()) for one in bench.removals],
-            "edited_loss": [float(one.edited_loss.mean()) for one in bench.removals],
+            "primary_clean": [removal.primary_clean for removal in bench.removals],
+            "primary_edited": [removal.primary_edited for removal in bench.removals],
+            "p_value": [removal.p_value for removal in bench.removals],
+            "clean_loss": [float(removal.clean_loss.mean()) for removal in bench.removals],
+            "edited_loss": [float(removal.edited_loss.mean()) for removal in bench.removals],
         }
     )
 

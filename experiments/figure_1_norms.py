@@ -1,7 +1,7 @@
 """Figure 1: secondary sinks have large residuals and small values.
 
 Claim: while a secondary sink lives, its residual is much longer than an ordinary token's, as the
-primary's is, and its values are shorter: it is looked at, and passes little on.
+primary's is, and its values are shorter: it draws attention and passes little on.
 
 Supported if, over the texts that are examined closely, the median sink has a residual at least
 three times as long as the median ordinary token's and values shorter than the median ordinary
@@ -19,16 +19,16 @@ MIN_RATIO = 3.0
 
 
 def run(bench: Bench) -> Outcome:
-    """Profiles of the texts that are examined closely; the picture is of the richest."""
+    """Profiles of the texts that are examined closely; the figure is of the one with most sinks."""
     if not bench.close:
         return cannot_tell(bench)
-    profiles = [ss.norm_profiles(bench.model, sinks) for sinks in bench.close]
+    profiles = [ss.norm_profiles(bench.model, sink_map) for sink_map in bench.close]
     residual, key, value = (
-        float(torch.cat([one.ratio(part) for one in profiles]).nanmedian())
+        float(torch.cat([profile.ratio(part) for profile in profiles]).nanmedian())
         for part in ("residual", "key", "value")
     )
     holds = residual >= MIN_RATIO and value < 1
-    count = sum(len(one.sinks) for one in profiles)
+    count = sum(len(profile.sinks) for profile in profiles)
     why = (
         f"Over {count} secondary sinks of {len(profiles)} texts ({bench.name}), the median sink's "
         f"residual is {residual:.1f} times as long as the median ordinary token's, its keys "

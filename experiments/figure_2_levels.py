@@ -3,9 +3,9 @@
 Claim: the pairs of onset and lifetime (sink levels) of a model's secondary sinks are few and recur
 from text to text.
 
-Supported if sinks are far from spread over all pairs that the depth allows (determinism above 0.5)
-and the largest three levels hold at least 80 % of them. Whether that grows with the size of a model
-takes models of several sizes: see `levels_over_models.py`.
+Supported if determinism is above 0.5 (0: no two sinks share a pair, 1: all do) and the largest
+three levels hold at least 80 % of the sinks; not supported otherwise. Whether that grows with the
+size of a model takes models of several sizes: see `levels_over_models.py`.
 """
 
 from __future__ import annotations

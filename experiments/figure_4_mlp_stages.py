@@ -1,4 +1,4 @@
-"""Figure 4: inside the writer's MLP a secondary sink comes to look like the primary.
+"""Figure 4: inside the writer's MLP a secondary sink becomes aligned with the primary.
 
 Claim: the writer maps an ordinary-looking input to an output along the primary's: the alignment of
 the sink's token with the primary's arises within the MLP, between its input and its output.
@@ -6,9 +6,9 @@ the sink's token with the primary's arises within the MLP, between its input and
 The primary was written by an MLP as well, in the layer where it emerges. Supported if, over the
 sinks of the texts that are examined closely, the median cosine of the writer's output with *that*
 output exceeds the cosine of the two MLPs' inputs by 0.2 or more, and lies above that of ordinary
-tokens; not supported otherwise. The cosines stage by stage with the primary's token in the writer's
-own layer are the figure; there the primary's MLP has nothing to write any more in some models, and
-a cosine with next to nothing says little.
+tokens; not supported otherwise. The figure shows the cosines stage by stage with the primary's
+token in the writer's layer. They are weaker evidence: in some models the MLP writes next to nothing
+into the primary there.
 """
 
 from __future__ import annotations
@@ -22,30 +22,32 @@ MIN_RISE = 0.2
 
 
 def run(bench: Bench) -> Outcome:
-    """Stages of the texts that are examined closely; the picture is of the richest."""
+    """Stages of the texts that are examined closely; the figure is of the one with most sinks."""
     if not bench.close:
         return cannot_tell(bench)
-    found = [ss.mlp_stage_alignment(bench.model, s, seed=bench.seed) for s in bench.close]
-    frame = by_text(found)
-    own = frame.groupby("stage", sort=False)["cosine"].median()
+    stages = [
+        ss.mlp_stage_alignment(bench.model, sink_map, seed=bench.seed) for sink_map in bench.close
+    ]
+    frame = by_text(stages)
+    in_the_writer = frame.groupby("stage", sort=False)["cosine"].median()
     first, last = (
-        torch.cat([one.emergence_cosine[:, one.stages.index(stage)] for one in found]).nanmedian()
+        torch.cat([s.emergence_cosine[:, s.stages.index(stage)] for s in stages]).nanmedian()
         for stage in ("input", "output")
     )
     ordinary = torch.cat(
-        [one.emergence_ordinary[:, one.stages.index("output")].flatten() for one in found]
+        [s.emergence_ordinary[:, s.stages.index("output")].flatten() for s in stages]
     ).nanmedian()
     holds = bool(last - first >= MIN_RISE and last > ordinary)
-    stages = ", ".join(f"{stage} {cosine:.2f}" for stage, cosine in own.items())
+    listed = ", ".join(f"{stage} {cosine:.2f}" for stage, cosine in in_the_writer.items())
     why = (
-        f"Over {sum(len(one.sinks) for one in found)} sinks of {len(found)} texts ({bench.name}), "
-        f"with the MLP that wrote the primary: median cosine of the inputs {first:.2f}, of the "
-        f"outputs {last:.2f} (ordinary tokens {ordinary:.2f}). With the primary's token in the "
-        f"writer's own layer: {stages}."
+        f"Over {sum(len(text.sinks) for text in stages)} sinks of {len(stages)} texts "
+        f"({bench.name}), with the MLP that wrote the primary: median cosine of the inputs "
+        f"{first:.2f}, of the outputs {last:.2f} (ordinary tokens {ordinary:.2f}). With the "
+        f"primary's token in the writer's layer: {listed}."
     )
     return Outcome(
         Verdict("supported" if holds else "not supported", why),
-        figures={"figure_4_mlp_stages": found[0].plot()},
+        figures={"figure_4_mlp_stages": stages[0].plot()},
         tables={"figure_4_mlp_stages": frame},
     )
 

@@ -1,12 +1,12 @@
-"""Figure 7: what is written decides how strong a sink is and how long it lives.
+"""Figure 7: sinks with a larger write are stronger and live longer.
 
-Claim: the norm of the vector that the writer adds goes with the attention that the sink draws and
-with its lifetime.
+Claim: the norm of the vector that the writer adds correlates with the attention that the sink draws
+and with its lifetime.
 
 Judged by Spearman's correlations within texts (a longer text lowers every score, so texts are not
 pooled), with intervals over resampled texts. Supported if both intervals lie above zero; not
 supported if one lies below; cannot tell otherwise, for example where all sinks live equally long.
-That the norm *causes* it is asked by `claim_2_dose.py`.
+Not evidence for a cause, which `claim_2_dose.py` tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import secondary_sinks as ss
 
 
 def run(bench: Bench) -> Outcome:
-    """The law over the richest texts."""
+    """The law over the texts with the most sinks."""
     if not bench.with_sinks:
         return cannot_tell(bench)
     law = ss.norm_law(bench.model, bench.many, seed=bench.seed)

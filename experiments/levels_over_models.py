@@ -3,8 +3,9 @@
 Claim: the onset and the lifetime of secondary sinks appear in a more deterministic and more
 frequent manner in larger models.
 
-Judged by Spearman's correlation of determinism with depth over the models that were given, from
-fresh runs and from published JSON Lines files alike. With fewer than four models it cannot be told.
+Measured as Spearman's correlation of determinism with depth over the given models, measured here or
+read from published JSON Lines files. Supported above 0.5, not supported below 0, cannot tell
+otherwise or with fewer than four models.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def run_models(levels: Sequence[ss.SinkLevels]) -> Outcome:
     """One panel a model, and how determinism goes with depth."""
     frame = pd.DataFrame(
         {
-            "model": [one.provenance.model.name for one in levels],
-            "n_layers": [one.n_layers for one in levels],
-            "n_texts": [one.n_texts for one in levels],
-            "n_sinks": [one.n_sinks for one in levels],
-            "n_levels": [len(one.levels) for one in levels],
-            "determinism": [one.determinism for one in levels],
+            "model": [of_model.provenance.model.name for of_model in levels],
+            "n_layers": [of_model.n_layers for of_model in levels],
+            "n_texts": [of_model.n_texts for of_model in levels],
+            "n_sinks": [of_model.n_sinks for of_model in levels],
+            "n_levels": [len(of_model.levels) for of_model in levels],
+            "determinism": [of_model.determinism for of_model in levels],
         }
     )
     enough = frame[frame["n_sinks"] >= LEAST_SINKS]

@@ -2,10 +2,10 @@
 
     python experiments/run_all.py [--model qwen2.5-coder-0.5b --model smollm2-135m]
 
-Each model is loaded once, the sinks of its texts are found once, and the questions that several
-experiments share (writers, removals) are asked once. An experiment that fails is reported in the
-index and does not stop the others; the exit code is then 1. The index is of all models whose
-results stand in the folder, so that another model can be added later, or run at the same time.
+Each model is loaded once, the sinks of its texts are detected once, and the analyses that several
+experiments share (writers, removals) run once. An experiment that fails is reported in the index
+and does not stop the others; the exit code is then 1. The index covers all models whose results are
+in the folder, so another model can be added later, or run at the same time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LEVELS, ABOUT = "levels.safetensors", "about.txt"
 
 
 def run_on(bench: Bench, folder: Path) -> list[str]:
-    """All experiments on one model, into a folder; returns the names of those that failed."""
+    """Run all experiments on one model; return the names of those that failed."""
     failed = []
     for name in EXPERIMENTS:
         began = time.perf_counter()
@@ -57,13 +57,13 @@ def run_on(bench: Bench, folder: Path) -> list[str]:
 
 
 def index(out: Path) -> str:
-    """The page of all models whose results stand below `out`: verdicts and figures by claim."""
+    """The page of all models with results below `out`: verdicts and figures by claim."""
     folders = sorted(path.parent for path in out.glob(f"*/{ABOUT}"))
     lines = [
         "# Results",
         "",
-        "Made by `make experiments`. The verdicts are written by the scripts from what they "
-        "measured, by the rule that each states; they speak of these models and texts.",
+        "Made by `make experiments`. Each script writes its verdict from what it measured, by the "
+        "rule that it states. A verdict holds for these models and texts.",
         "",
         *(f"* {(folder / ABOUT).read_text().strip()}" for folder in folders),
         "",

@@ -1,15 +1,17 @@
 """What every experiment shares: a model, texts with their sinks, a folder, and a verdict.
 
-An experiment is a module with a docstring that states the claim, and one function:
+An experiment is a module whose docstring states the claim and the rule of the verdict, with one
+function:
 
     def run(bench: Bench) -> Outcome
 
 A `Bench` is a loaded model with the sink maps of some texts; an `Outcome` holds the figures, the
-tables and the verdict. `main` makes a command of it, and `run_all.py` runs all on one bench.
+tables and the verdict. `main` makes it a command, and `run_all.py` runs all on one bench.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,8 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import secondary_sinks as ss
-from secondary_sinks.cli.inputs import as_model_input, read_sources
-from secondary_sinks.result import counted
+from secondary_sinks.plots.style import save_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,18 +31,18 @@ Answer = Literal["supported", "not supported", "cannot tell"]
 
 MODEL = "qwen2.5-coder-0.5b"
 N_TEXTS = 48
-"""How many of the bundled texts are taken by default, balanced over their kinds."""
+"""Bundled texts by default, balanced over their kinds."""
 MAX_TOKENS = 400
-"""Where each text is cut by default: a small model on two cores then takes minutes in all."""
+"""Each text is cut here by default, so that a small model takes minutes in all on two cores."""
 N_MANY = 12
-"""Texts with the most secondary sinks, for questions that need many and take some time for each."""
+"""Texts with the most secondary sinks, for analyses that need many and take some time for each."""
 N_CLOSE = 3
-"""Of those, the texts that are examined one by one, with interventions."""
+"""Of those, the texts that are examined closely, with interventions."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the measurement says of the claim."""
+    """What the measurement says about the claim."""
 
     answer: Answer
     why: str
@@ -53,17 +54,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment found."""
+    """The result of an experiment."""
 
     verdict: Verdict
     figures: dict[str, Figure] = field(default_factory=dict)
-    """By name of the file, without ending."""
+    """By the name of the file, without its ending."""
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A model and the texts that it is examined on."""
+    """A model and the sink maps of the texts that it is examined on."""
 
     model: Any
     maps: tuple[ss.SinkMap, ...]
@@ -76,28 +77,28 @@ class Bench:
 
     @property
     def with_sinks(self) -> tuple[ss.SinkMap, ...]:
-        """The texts that have secondary sinks, richest first."""
-        rich = sorted(self.maps, key=lambda sink_map: -len(sink_map.secondary))
-        return tuple(sink_map for sink_map in rich if sink_map.secondary)
+        """The texts that have secondary sinks, those with the most first."""
+        ordered = sorted(self.maps, key=lambda sink_map: -len(sink_map.secondary))
+        return tuple(sink_map for sink_map in ordered if sink_map.secondary)
 
     @property
     def many(self) -> tuple[ss.SinkMap, ...]:
-        """The richest texts."""
+        """The texts with the most secondary sinks."""
         return self.with_sinks[:N_MANY]
 
     @property
     def close(self) -> tuple[ss.SinkMap, ...]:
-        """The few texts that are examined one by one, with interventions."""
+        """The few texts that are examined closely, with interventions."""
         return self.with_sinks[:N_CLOSE]
 
     @property
     def n_sinks(self) -> int:
-        """Secondary sinks in all texts."""
+        """Number of secondary sinks in all texts."""
         return sum(len(sink_map.secondary) for sink_map in self.maps)
 
     @cached_property
     def attributions(self) -> tuple[ss.MlpAttribution, ...]:
-        """Writers and feeders of the close texts, found once."""
+        """Writers and feeders in those texts, measured once."""
         return tuple(
             ss.attribute_to_mlps(self.model, sink_map, seed=self.seed, progress=False)
             for sink_map in self.close
@@ -105,7 +106,7 @@ class Bench:
 
     @cached_property
     def removals(self) -> tuple[ss.SinkRemoval, ...]:
-        """The same texts without their secondary sinks, run once."""
+        """Those texts without their secondary sinks, run once."""
         return tuple(
             ss.remove_sinks(self.model, sink_map, seed=self.seed, progress=False)
             for sink_map in self.close
@@ -114,8 +115,8 @@ class Bench:
     def about(self) -> str:
         """The model and its texts in a few words."""
         return (
-            f"{self.name}, {counted(len(self.maps), 'text')}, "
-            f"{counted(self.n_sinks, 'secondary sink')} in {len(self.with_sinks)} of them"
+            f"{self.name}, {len(self.maps)} texts, {self.n_sinks} secondary sinks in "
+            f"{len(self.with_sinks)} of them"
         )
 
 
@@ -124,11 +125,11 @@ def cannot_tell(bench: Bench, why: str = "") -> Outcome:
     return Outcome(Verdict("cannot tell", why or f"No secondary sinks: {bench.about()}."))
 
 
-def by_text(found: Sequence[Any]) -> pd.DataFrame:
+def by_text(results: Sequence[Any]) -> pd.DataFrame:
     """One table of the results of several texts, with the number of the text in front."""
     import pandas as pd
 
-    frames = [one.to_frame() for one in found]
+    frames = [result.to_frame() for result in results]
     return pd.concat(frames, keys=range(len(frames)), names=["text"]).reset_index(level="text")
 
 
@@ -139,33 +140,43 @@ def make_bench(
     n_texts: int = N_TEXTS,
     max_tokens: int | None = MAX_TOKENS,
 ) -> Bench:
-    """Load a model and find the sinks of its texts.
+    """Load a model and detect the sinks of its texts.
 
     Args:
         model: what `load_model` takes.
-        texts: a JSON Lines file as `secondary-sinks detect --jsonl` reads it; None takes bundled
-            texts.
-        n_texts: how many of the bundled texts, balanced over their kinds.
+        texts: a JSON Lines file, see `read_texts`; None takes bundled texts.
+        n_texts: how many of the bundled texts, balanced over their kinds; without chats for a model
+            without a chat template.
         max_tokens: cut each text here.
     """
     loaded = ss.load_model(model)
+    contents: list[Any]
     if texts is not None:
-        sources = read_sources(None, None, texts)
-        contents = [as_model_input(loaded, source, chat=False)[0] for source in sources]
+        contents = read_texts(texts)
     else:
-        kinds = None if getattr(loaded.tokenizer, "chat_template", None) else _PLAIN
+        kinds = None
+        if not getattr(loaded.tokenizer, "chat_template", None):
+            kinds = sorted({text.kind for text in ss.bundled_texts()} - {"chat"})
         contents = [text.content for text in ss.bundled_texts(kinds, n=n_texts)]
     maps = ss.detect_sinks(loaded, contents, max_tokens=max_tokens)
     return Bench(loaded, tuple(maps))
 
 
-_PLAIN = ("mathematics", "prose", "code", "lists", "tables", "multilingual", "plain")
+def read_texts(path: Path) -> list[Any]:
+    """The texts of a file with one JSON value a line, as `detect_sinks` takes them: a string, or an
+    object with `text`, with `messages`, or with `prompt` and `output`, which are joined."""
+    entries = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+    return [entry if isinstance(entry, str) else _content(entry) for entry in entries]
+
+
+def _content(entry: dict[str, Any]) -> Any:
+    if "messages" in entry:
+        return entry["messages"]
+    return entry["text"] if "text" in entry else entry["prompt"] + entry["output"]
 
 
 def write(outcome: Outcome, name: str, folder: Path) -> list[Path]:
-    """Figures as PNG and PDF, tables as CSV, the verdict as text."""
-    from secondary_sinks.plots.style import save_figure
-
+    """Write figures as PNG and PDF, tables as CSV, the verdict as text."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [
         save_figure(figure, folder / f"{stem}.{ending}")
@@ -203,7 +214,7 @@ def main(run: Callable[[Bench], Outcome], name: str, claim: str) -> None:
 
 
 def percent(share: float) -> str:
-    """A share in words."""
+    """A share as a percentage."""
     return f"{100 * share:.0f} %"
 
 

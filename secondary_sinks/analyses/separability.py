@@ -34,8 +34,8 @@ from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.host.sites import Site, missing_sites
-from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.observe.collectors import ChosenVectors
+from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.controls import matched_controls, nearest_same_tokens
 from secondary_sinks.sinks.distinct_sinks import (

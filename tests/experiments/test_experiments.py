@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -17,9 +18,9 @@ FOLDER = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(FOLDER))
 
 import run_all  # noqa: E402
-from shared import Bench, write  # noqa: E402
+from shared import Bench, Outcome, read_texts, write  # noqa: E402
 
-MIDDLE = "supported", "not supported", "cannot tell"
+ANSWERS = ("supported", "not supported", "cannot tell")
 
 
 @functools.cache
@@ -41,19 +42,19 @@ def bench(with_sinks: bool = True) -> Bench:
 
 
 @functools.cache
-def outcome(name: str):
-    """One experiment on it."""
+def outcome(name: str) -> Outcome:
+    """The outcome of one experiment on it."""
     return importlib.import_module(name).run(bench())
 
 
 @pytest.mark.parametrize("name", run_all.EXPERIMENTS)
 def test_an_experiment_writes_figure_data_and_verdict(name, tmp_path):
-    found = outcome(name)
-    paths = {path.name for path in write(found, name, tmp_path)}
+    result = outcome(name)
+    paths = {path.name for path in write(result, name, tmp_path)}
     assert {f"{name}.png", f"{name}.pdf", f"{name}.csv", f"{name}.txt"} <= paths
     assert all((tmp_path / path).stat().st_size for path in paths)
-    assert found.verdict.answer in MIDDLE
-    assert str(found.verdict) == (tmp_path / f"{name}.txt").read_text().strip()
+    assert result.verdict.answer in ANSWERS
+    assert str(result.verdict) == (tmp_path / f"{name}.txt").read_text().strip()
 
 
 @pytest.mark.parametrize("name", run_all.EXPERIMENTS)
@@ -74,8 +75,8 @@ def test_a_claim_is_stated_and_cannot_be_told_without_sinks(name):
     ],
 )
 def test_what_was_planted_is_supported(name):
-    found = outcome(name).verdict
-    assert found.answer == "supported", found.why
+    verdict = outcome(name).verdict
+    assert verdict.answer == "supported", verdict.why
 
 
 def test_the_writers_are_the_planted_ones():
@@ -88,10 +89,10 @@ def test_the_writers_are_the_planted_ones():
 
 def test_attention_rises_with_the_dose_where_lifetime_was_planted():
     """A planted sink is erased in its layer whatever its length, so lifetime does not follow."""
-    found = outcome("claim_2_dose")
-    why = found.verdict.why
+    result = outcome("claim_2_dose")
+    why = result.verdict.why
     assert "exceeds 0.8 in 100 %; of written norm and lifetime" in why
-    assert set(found.tables["claim_2_sinks"]["saturation_dose"]) == {0.25}, "less is no sink"
+    assert set(result.tables["claim_2_sinks"]["saturation_dose"]) == {0.25}, "less makes no sink"
     assert "from a median dose of 25 % of the model's own norm on" in why
 
 
@@ -101,8 +102,8 @@ def test_the_claim_of_the_dose_holds_where_sinks_fade():
     planted = ss.planted_model(n_layers=16, phases=(phase,), secondary=(sink,))
     model = planted.load()
     maps = ss.detect_sinks(model, [planted.tokens(64)[0]])
-    found = importlib.import_module("claim_2_dose").run(Bench(model, tuple(maps)))
-    assert found.verdict.answer == "supported", found.verdict.why
+    verdict = importlib.import_module("claim_2_dose").run(Bench(model, tuple(maps))).verdict
+    assert verdict.answer == "supported", verdict.why
 
 
 def test_all_of_them_in_one_command(monkeypatch, tmp_path):
@@ -132,6 +133,19 @@ def test_a_failed_experiment_stops_no_other(monkeypatch, tmp_path):
     page = (tmp_path / "index.md").read_text()
     assert "| `claim_2_dose` | Failed |" in page
     assert "| `figure_2_levels` | Supported |" in page
+
+
+def test_texts_are_read_from_json_lines(tmp_path):
+    messages = [{"role": "user", "content": "Hello"}]
+    entries = [
+        "plain",
+        {"text": "in text"},
+        {"messages": messages},
+        {"prompt": "a ", "output": "b"},
+    ]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps(entry) for entry in entries) + "\n\n")
+    assert read_texts(path) == ["plain", "in text", messages, "a b"]
 
 
 def test_every_script_is_run():

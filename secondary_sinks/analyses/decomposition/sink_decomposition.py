@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
+from secondary_sinks.intervene.passes import MAX_BEGINNINGS, run_rows
 from torch import Tensor
 
 from secondary_sinks.analyses.decomposition.decomposition_result import (
@@ -38,7 +39,6 @@ from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import Scale, Zero
 from secondary_sinks.intervene.engine import Method, choose_engine, clean_run_for_rows
 from secondary_sinks.intervene.interventions import EditSite, Intervention, Row
-from secondary_sinks.intervene.passes import MAX_BEGINNINGS, run_rows
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import Trace, trace
 from secondary_sinks.sinks.direct_writes import (
