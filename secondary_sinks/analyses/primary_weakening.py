@@ -43,7 +43,7 @@ from secondary_sinks.statistics import (
     Correlation,
     bootstrap_interval,
     grouped_interval,
-    grouped_spearman,
+    spearman,
 )
 
 if TYPE_CHECKING:
@@ -252,8 +252,8 @@ def _relate(
     slope_low, slope_high = grouped_interval(text, slope_of, seed=seed)
     return Weakening(
         strength=name,
-        pooled=grouped_spearman(x, y, text, seed=seed),
-        within_layers=grouped_spearman(x, y, text, within=layer, seed=seed),
+        pooled=spearman(x, y, text, seed=seed),
+        within_layers=spearman(x, y, text, within=layer, seed=seed),
         adjusted=Correlation(rho, low, high),
         slope=slope,
         slope_low=slope_low,

@@ -77,6 +77,11 @@ def describe(model: Any) -> ModelInfo:
     )
 
 
+def n_layers_of(model: Any) -> int:
+    """Number of blocks."""
+    return int(model.cfg.n_layers)
+
+
 def name_of(model: Any) -> str:
     """The model's name in its configuration, or that of its class."""
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
