@@ -38,9 +38,14 @@ from .errors import InputError as InputError
 from .errors import LoadError as LoadError
 from .errors import ModelError as ModelError
 from .errors import SecondarySinksError as SecondarySinksError
+from .host.model_info import ModelInfo as ModelInfo
+from .host.protocol import Model as Model
+from .host.protocol import UserHook as UserHook
+from .host.provenance import Provenance as Provenance
 from .intervene.counterfactuals import CounterfactualRows as CounterfactualRows
 from .intervene.counterfactuals import counterfactuals as counterfactuals
 from .intervene.edits import Add as Add
+from .intervene.edits import Edit as Edit
 from .intervene.edits import KeepOnly as KeepOnly
 from .intervene.edits import Mean as Mean
 from .intervene.edits import ProjectOut as ProjectOut
@@ -64,6 +69,7 @@ from .observe.collectors import Collector as Collector
 from .observe.collectors import MassiveActivations as MassiveActivations
 from .observe.collectors import Norms as Norms
 from .observe.collectors import ResidualNorms as ResidualNorms
+from .observe.collectors import Run as Run
 from .observe.residual_geometry import ResidualGeometry as ResidualGeometry
 from .observe.trace import Trace as Trace
 from .observe.trace import trace as trace
@@ -76,6 +82,7 @@ from .sinks.published_files import read_published as read_published
 from .sinks.published_files import write_published as write_published
 from .sinks.sink import Evidence as Evidence
 from .sinks.sink import Sink as Sink
+from .sinks.sink_map import SinkChoice as SinkChoice
 from .sinks.sink_map import SinkMap as SinkMap
 from .texts import BundledText as BundledText
 from .texts import bundled_texts as bundled_texts

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.forward import Editor, forward
+from secondary_sinks.host.memory import MEMORY_BUDGET
 from secondary_sinks.host.model_info import n_layers_of
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
@@ -33,7 +34,7 @@ from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import Replace
 from secondary_sinks.intervene.gradients import metric_gradients
 from secondary_sinks.intervene.interventions import SITES, Intervention, check_rows
-from secondary_sinks.intervene.whole_text import MEMORY_BUDGET, TextState, run_whole_texts
+from secondary_sinks.intervene.whole_text import TextState, run_whole_texts
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.selection import check_map
 from secondary_sinks.sinks.sink import Sink

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.forward import Editor, forward
+from secondary_sinks.host.memory import MEMORY_BUDGET
 from secondary_sinks.host.model_info import n_layers_of
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
@@ -36,7 +37,7 @@ from secondary_sinks.intervene.counterfactuals import counterfactuals
 from secondary_sinks.intervene.edits import Add, Edit, Resample, Scale, Zero
 from secondary_sinks.intervene.interventions import Intervention, Row, apply_edit, check_rows
 from secondary_sinks.intervene.rows import Place, edit_hooks
-from secondary_sinks.intervene.whole_text import MEMORY_BUDGET, texts_per_pass
+from secondary_sinks.intervene.whole_text import texts_per_pass
 from secondary_sinks.result import Result
 from secondary_sinks.sinks.selection import check_map
 from secondary_sinks.sinks.sink import Sink

@@ -26,12 +26,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
+from secondary_sinks.host.memory import MEMORY_BUDGET
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import Edit, Resample, Zero
 from secondary_sinks.intervene.interventions import Intervention, check_rows
-from secondary_sinks.intervene.whole_text import MEMORY_BUDGET, run_whole_texts
+from secondary_sinks.intervene.whole_text import run_whole_texts
 from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.controls import matched_controls
 from secondary_sinks.sinks.selection import check_map

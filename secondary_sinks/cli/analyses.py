@@ -282,7 +282,7 @@ def _parameters(analysis: Analysis) -> Iterator[inspect.Parameter]:
     if analysis.takes in ("map and sink", "two maps"):
         yield parameter("position", _Position, None)
     for option in analysis.options:
-        annotation = Annotated[option.type, typer.Option(help=option.help)]
+        annotation = Annotated.__class_getitem__((option.type, typer.Option(help=option.help)))  # type: ignore[attr-defined]
         yield parameter(option.name, annotation, option.default)
     yield parameter("out", shared.Out, None)
     yield parameter("device", shared.Device, None)

@@ -57,12 +57,12 @@ def _root(
     """Hold the options that belong to no command."""
 
 
-for _command in (demo, detect, levels):
-    app.command()(handled(_command))
+for _first in (demo, detect, levels):
+    app.command()(handled(_first))
 for _analysis in ANALYSES:
     app.command(_analysis.name, help=_analysis.help)(handled(command_of(_analysis)))
-for _command in (models, fetch, texts):
-    app.command()(handled(_command))
+for _last in (models, fetch, texts):
+    app.command()(handled(_last))
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ from secondary_sinks.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from secondary_sinks.sink_map.levels import SinkLevels
-    from secondary_sinks.sink_map.sinks import SinkMap
+
+    from secondary_sinks.sinks.levels import SinkLevels
+    from secondary_sinks.sinks.sink_map import SinkMap
 
 
 def writable_folder(folder: Path | None) -> Path | None:
@@ -108,7 +109,7 @@ def without_arrays(sink_map: SinkMap) -> SinkMap:
     """The map with its sinks only: of a long text the arrays are most of the memory."""
     import torch
 
-    arrays = {
+    arrays: dict[str, Any] = {
         field.name: None
         for field in dataclasses.fields(sink_map)
         if isinstance(getattr(sink_map, field.name), torch.Tensor) and field.name != "tokens"

@@ -44,7 +44,7 @@ def weights_fingerprint(model: Any) -> str:
         devices.append(values.device)
     # One transfer from each device, hashed in the order of the names.
     moved = {
-        device: iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
+        device: iter(torch.split(torch.cat(parts).cpu(), [len(part) for part in parts]))
         for device, parts in samples.items()
     }
     for device in devices:

@@ -137,7 +137,10 @@ def trace(
 ) -> Trace: ...
 @overload
 def trace(
-    model: Any, text: list[str], collectors: Sequence[Collector], **options: Unpack[TraceOptions]
+    model: Any,
+    text: list[str] | list[list[Message]] | list[Tensor],
+    collectors: Sequence[Collector],
+    **options: Unpack[TraceOptions],
 ) -> list[Trace]: ...
 @overload
 def trace(

@@ -48,7 +48,9 @@ def detect_sinks(
 ) -> SinkMap: ...
 @overload
 def detect_sinks(
-    model: Any, text: list[str], **options: Unpack[DetectOptions]
+    model: Any,
+    text: list[str] | list[list[Message]] | list[Tensor],
+    **options: Unpack[DetectOptions],
 ) -> list[SinkMap]: ...
 @overload
 def detect_sinks(

@@ -62,7 +62,7 @@ def observe(model: ss.Model, text: str) -> ss.Trace:
     """Every collector in one pass."""
     collectors: list[ss.Collector] = [
         ss.AttentionEntropy(),
-        ss.ChosenVectors("resid_post", [0, 3]),
+        ss.ChosenVectors([0, 3], ["resid_post"]),
         ss.MassiveActivations(),
         ss.Norms("v"),
         ss.ReceivedAttention(),
