@@ -120,12 +120,12 @@ def test_everything_is_one_and_nothing_is_zero(tiny, family, maps_of):
 def test_the_planted_writer_is_what_restores_the_sink(planted):
     bridge, clean, corrupted, sink = planted
     at = [sink.position - 1, sink.position, sink.position + 1]
-    found = ss.patch_activations(
+    patched = ss.patch_activations(
         bridge, clean, corrupted, sink=sink.position, token_positions=at, progress=False
     )
-    assert found.metric_layers == tuple(range(sink.onset + 1, sink.onset + sink.lifetime + 1))
-    assert found.source > 5 * found.base
-    resid, attention, mlp = found.normalized[:, :, 1]
+    assert patched.metric_layers == tuple(range(sink.onset + 1, sink.onset + sink.lifetime + 1))
+    assert patched.source > 5 * patched.base
+    resid, attention, mlp = patched.normalized[:, :, 1]
     assert mlp.argmax().item() == sink.writer
     assert mlp[sink.writer].item() == pytest.approx(1, abs=0.02)
     rest = [x for x in range(12) if x != sink.writer]
@@ -134,7 +134,7 @@ def test_the_planted_writer_is_what_restores_the_sink(planted):
     torch.testing.assert_close(
         resid[: sink.writer + 2], torch.ones(sink.writer + 2), atol=0.02, rtol=0
     )
-    assert found.normalized[:, :, [0, 2]].abs().max() < 0.02
+    assert patched.normalized[:, :, [0, 2]].abs().max() < 0.02
     noised = ss.patch_activations(
         bridge,
         clean,
@@ -152,7 +152,7 @@ def test_the_planted_writer_is_what_restores_the_sink(planted):
 def test_a_token_that_is_not_a_sink(planted):
     """It is measured over the layers of the map's sinks, and the sink does not change it."""
     bridge, clean, corrupted, sink = planted
-    found = ss.patch_activations(
+    patched = ss.patch_activations(
         bridge,
         clean,
         corrupted,
@@ -161,15 +161,15 @@ def test_a_token_that_is_not_a_sink(planted):
         token_positions=[sink.position, 30],
         progress=False,
     )
-    assert found.metric_layers == tuple(range(sink.onset + 1, sink.onset + sink.lifetime + 1))
-    assert found.position == (30, 30)
-    assert found.effect[..., 0].abs().max() < 0.005
+    assert patched.metric_layers == tuple(range(sink.onset + 1, sink.onset + sink.lifetime + 1))
+    assert patched.position == (30, 30)
+    assert patched.effect[..., 0].abs().max() < 0.005
 
 
 @pytest.mark.parametrize("metric", ["norm", "alignment"])
 def test_other_metrics(planted, metric):
     bridge, clean, corrupted, sink = planted
-    found = ss.patch_activations(
+    patched = ss.patch_activations(
         bridge,
         clean,
         corrupted,
@@ -179,10 +179,10 @@ def test_other_metrics(planted, metric):
         token_positions=[sink.position],
         progress=False,
     )
-    assert found.metric_layers == tuple(range(sink.onset, sink.onset + sink.lifetime))
-    assert found.normalized[0, sink.writer, 0].item() == pytest.approx(1, abs=0.03)
-    expected = getattr(clean, metric)[list(found.metric_layers), sink.position].mean()
-    assert found.source == pytest.approx(expected.item(), rel=1e-4)
+    assert patched.metric_layers == tuple(range(sink.onset, sink.onset + sink.lifetime))
+    assert patched.normalized[0, sink.writer, 0].item() == pytest.approx(1, abs=0.03)
+    expected = getattr(clean, metric)[list(patched.metric_layers), sink.position].mean()
+    assert patched.source == pytest.approx(expected.item(), rel=1e-4)
 
 
 def residual_sum(state):
@@ -199,7 +199,7 @@ def test_estimates_are_exact_where_the_metric_is_linear(tiny, maps_of):
         # Alignment times norm is the projection on the primary, which is linear.
         return (scale * state.alignment[2] * state.norm[2]).sum()
 
-    found = ss.patch_activations(
+    patched = ss.patch_activations(
         model,
         clean,
         corrupted,
@@ -211,10 +211,10 @@ def test_estimates_are_exact_where_the_metric_is_linear(tiny, maps_of):
         sink=6,
         progress=False,
     )
-    linear = found.checked[:, 0] != 1  # the attention's output goes through the MLP as well
-    checked = found.checked[linear]
-    exact = found.checked_value[linear] - found.base
-    estimated = found.effect[tuple(checked.T)]
+    linear = patched.checked[:, 0] != 1  # the attention's output goes through the MLP as well
+    checked = patched.checked[linear]
+    exact = patched.checked_value[linear] - patched.base
+    estimated = patched.effect[tuple(checked.T)]
     assert len(checked) == 2 * N
     assert exact.abs().max() > 1e-2
     torch.testing.assert_close(estimated, exact, rtol=1e-3, atol=1e-4)
@@ -231,7 +231,7 @@ def test_a_small_step_is_estimated_well(make_tiny, tokens_of):
         with torch.no_grad():
             step = torch.randn(32, generator=torch.Generator().manual_seed(0))
             weight[63] = weight[int(tokens[6])] + size * step
-        found = ss.patch_activations(
+        patched = ss.patch_activations(
             model,
             ss.detect_sinks(model, tokens),
             ss.detect_sinks(model, other),
@@ -240,8 +240,8 @@ def test_a_small_step_is_estimated_well(make_tiny, tokens_of):
             scan="attribution",
             progress=False,
         )
-        assert len(found.checked) == 16
-        errors.append(found.error)
+        assert len(patched.checked) == 16
+        errors.append(patched.error)
     assert errors[1] < errors[0] / 2
     assert errors[2] < errors[1] / 4
     assert errors[2] < 0.05
@@ -249,7 +249,7 @@ def test_a_small_step_is_estimated_well(make_tiny, tokens_of):
 
 def test_estimates_agree_with_finite_differences(tiny, family, maps_of):
     model, (clean, corrupted) = tiny(family), maps_of(tiny(family))
-    found = ss.patch_activations(
+    patched = ss.patch_activations(
         model,
         clean,
         corrupted,
@@ -280,7 +280,7 @@ def test_estimates_agree_with_finite_differences(tiny, family, maps_of):
         sink=6,
         progress=False,
     )
-    missed = exact.value[0, 0] - found.value[2, 0]
+    missed = exact.value[0, 0] - patched.value[2, 0]
     scale = float(exact.value.abs().max())
     torch.testing.assert_close(missed, step, rtol=1e-2, atol=2e-5 * scale)
 
@@ -293,7 +293,7 @@ def test_unequal_lengths_need_a_pairing(planted):
     with pytest.raises(ss.InputError, match=r"48 tokens, the corrupted one 46.*positions="):
         ss.patch_activations(bridge, clean, shorter)
     pairs = [(p, p) for p in range(3)] + [(p, p - 2) for p in range(5, 48)]
-    found = ss.patch_activations(
+    patched = ss.patch_activations(
         bridge,
         clean,
         shorter,
@@ -303,10 +303,10 @@ def test_unequal_lengths_need_a_pairing(planted):
         token_positions=[sink.position, 7],
         progress=False,
     )
-    assert found.position == (sink.position, sink.position - 2)
-    assert found.pairs == ((sink.position, sink.position - 2), (7, 5))
-    assert found.normalized[0, sink.writer, 0].item() == pytest.approx(1, abs=0.1)
-    assert found.tokens[0] == "t30"
+    assert patched.position == (sink.position, sink.position - 2)
+    assert patched.pairs == ((sink.position, sink.position - 2), (7, 5))
+    assert patched.normalized[0, sink.writer, 0].item() == pytest.approx(1, abs=0.1)
+    assert patched.tokens[0] == "t30"
 
 
 @pytest.mark.parametrize(
@@ -365,21 +365,21 @@ def test_bad_maps_and_metrics(planted, tiny, maps_of):
 def test_save_frame_and_figure(tiny, maps_of, tmp_path):
     model = tiny("qwen2")
     for scan in ("exact", "attribution"):
-        found = ss.patch_activations(model, *maps_of(model), 5, scan=scan, progress=False)
-        loaded = PatchResult.load(found.save(tmp_path / "patch.safetensors"))
+        patched = ss.patch_activations(model, *maps_of(model), 5, scan=scan, progress=False)
+        loaded = PatchResult.load(patched.save(tmp_path / "patch.safetensors"))
         for entry in dataclasses.fields(PatchResult):
-            one, other = getattr(found, entry.name), getattr(loaded, entry.name)
+            one, other = getattr(patched, entry.name), getattr(loaded, entry.name)
             if isinstance(one, torch.Tensor):
                 torch.testing.assert_close(one, other)
             else:
                 assert one == other, entry.name
-        assert repr(loaded) == repr(found)
-        frame = found.to_frame()
+        assert repr(loaded) == repr(patched)
+        frame = patched.to_frame()
         assert len(frame) == 3 * 3 * N
         assert frame["exact"].notna().sum() == (len(frame) if scan == "exact" else 16)
-        assert "<table" in found._repr_html_()
-        panels = {axes.get_label(): axes for axes in found.plot().axes}
+        assert "<table" in patched._repr_html_()
+        panels = {axes.get_label(): axes for axes in patched.plot().axes}
         shown = panels["mlp_out"].images[0].get_array()
-        torch.testing.assert_close(torch.tensor(shown.data), found.normalized[2])
+        torch.testing.assert_close(torch.tensor(shown.data), patched.normalized[2])
         marked = sum(p.get_gid() == "checked" for a in panels.values() for p in a.patches)
-        assert marked == len(found.checked)
+        assert marked == len(patched.checked)

@@ -45,17 +45,17 @@ def removal_of(text):
 
 def test_planted_sinks_weaken_the_primary():
     _, maps = texts()
-    found = ss.primary_weakening(maps, removals=[removal_of(2), removal_of(5)])
+    weakening = ss.primary_weakening(maps, removals=[removal_of(2), removal_of(5)])
     assert [len(one.secondary) for one in maps] == [0, 1, 2, 3, 4, 5, 0, 2, 4]
-    assert found.relation().adjusted.high < -0.5
-    assert found.relation().within_layers.high < 0
-    assert found.relation().slope_high < 0
-    assert (found.causal.change > 0).all()
-    assert (found.causal.change > 5 * found.causal.control_change.abs()).all()
+    assert weakening.relation().adjusted.high < -0.5
+    assert weakening.relation().within_layers.high < 0
+    assert weakening.relation().slope_high < 0
+    assert (weakening.causal.change > 0).all()
+    assert (weakening.causal.change > 5 * weakening.causal.control_change.abs()).all()
     # What a sink takes by observation is of the size of what its removal gives back.
-    assert 0.3 < float(-found.relation().slope / found.causal.per_sink.mean()) < 3
-    assert repr(found).endswith("in 2 texts)")
-    assert [axes.get_label() for axes in found.plot().axes][-1] == "removal"
+    assert 0.3 < float(-weakening.relation().slope / weakening.causal.per_sink.mean()) < 3
+    assert repr(weakening).endswith("in 2 texts)")
+    assert [axes.get_label() for axes in weakening.plot().axes][-1] == "removal"
 
 
 def test_a_removal_must_be_of_one_of_the_texts():
@@ -110,35 +110,35 @@ def related(effect):
 
 
 def test_a_change_with_depth_in_all_texts_is_not_weakening():
-    found = related(effect=0.0).relation()
-    assert found.pooled.rho < -0.5, "the pooled correlation is confounded"
-    assert found.adjusted.low < 0 < found.adjusted.high
-    assert found.slope_low < 0 < found.slope_high
+    weakening = related(effect=0.0).relation()
+    assert weakening.pooled.rho < -0.5, "the pooled correlation is confounded"
+    assert weakening.adjusted.low < 0 < weakening.adjusted.high
+    assert weakening.slope_low < 0 < weakening.slope_high
 
 
 def test_a_weakening_is_found_with_its_size():
-    found = related(effect=0.03)
+    weakening = related(effect=0.03)
     for strength in ("number", "norm", "score"):
-        assert found.relation(strength).adjusted.high < -0.5
-        assert found.relation(strength).within_layers.high < 0
-    assert found.relation().slope == pytest.approx(-0.03, abs=0.005)
-    assert found.relation().slope_low < -0.03 < found.relation().slope_high
-    assert found.relation("norm").slope == pytest.approx(-0.03 / 9, abs=0.001)
+        assert weakening.relation(strength).adjusted.high < -0.5
+        assert weakening.relation(strength).within_layers.high < 0
+    assert weakening.relation().slope == pytest.approx(-0.03, abs=0.005)
+    assert weakening.relation().slope_low < -0.03 < weakening.relation().slope_high
+    assert weakening.relation("norm").slope == pytest.approx(-0.03 / 9, abs=0.001)
 
 
 def test_the_attention_of_the_next_layer_shows_a_sink():
-    found = ss.primary_weakening(invented(0, 3, effect=0.1))
-    assert found.number[0].nonzero().flatten().tolist() == list(range(6, 13))
-    assert found.norm[0, 6:13].tolist() == [27.0] * 7
-    assert found.counted[0].nonzero().flatten().tolist() == list(range(2, 20))
-    assert found.primary[0, 7] == pytest.approx(invented(0, 3, effect=0.1).sink_score[7, 0, 0])
+    weakening = ss.primary_weakening(invented(0, 3, effect=0.1))
+    assert weakening.number[0].nonzero().flatten().tolist() == list(range(6, 13))
+    assert weakening.norm[0, 6:13].tolist() == [27.0] * 7
+    assert weakening.counted[0].nonzero().flatten().tolist() == list(range(2, 20))
+    assert weakening.primary[0, 7] == pytest.approx(invented(0, 3, effect=0.1).sink_score[7, 0, 0])
 
 
 def test_texts_that_do_not_differ_give_nan():
-    found = ss.primary_weakening([invented(text, 3, effect=0.1) for text in range(4)])
-    assert math.isnan(found.relation().adjusted.rho)
-    assert math.isnan(found.relation().slope)
-    assert any("same number" in note for note in found.notes)
+    weakening = ss.primary_weakening([invented(text, 3, effect=0.1) for text in range(4)])
+    assert math.isnan(weakening.relation().adjusted.rho)
+    assert math.isnan(weakening.relation().slope)
+    assert any("same number" in note for note in weakening.notes)
     alone = ss.primary_weakening(invented(0, 3, effect=0.1))
     assert math.isnan(alone.relation().adjusted.rho)
     assert any("one text" in note for note in alone.notes)
@@ -146,18 +146,18 @@ def test_texts_that_do_not_differ_give_nan():
 
 
 def test_table_figure_and_file(tmp_path):
-    found = related(effect=0.03)
-    frame = found.to_frame()
+    weakening = related(effect=0.03)
+    frame = weakening.to_frame()
     assert len(frame) == 21 * N_LAYERS
-    assert found.summary().strength.tolist() == ["number", "norm", "score"]
-    figure = found.plot()
+    assert weakening.summary().strength.tolist() == ["number", "norm", "score"]
+    figure = weakening.plot()
     assert [axes.get_label() for axes in figure.axes][::2] == ["layers", "remainders"]
     line = next(line for line in figure.axes[2].lines if line.get_gid() == "slope")
     (x0, x1), (y0, y1) = line.get_data()
-    assert (y1 - y0) / (x1 - x0) == pytest.approx(found.relation().slope)
-    back = ss.PrimaryWeakening.load(found.save(tmp_path / "found.safetensors"))
-    assert back.relations == found.relations
+    assert (y1 - y0) / (x1 - x0) == pytest.approx(weakening.relation().slope)
+    back = ss.PrimaryWeakening.load(weakening.save(tmp_path / "weakening.safetensors"))
+    assert back.relations == weakening.relations
     assert back.provenance.seed == 0
     assert back.to_frame().equals(frame)
     with pytest.raises(ss.InputError, match="strength="):
-        found.plot(strength="size")
+        weakening.plot(strength="size")
