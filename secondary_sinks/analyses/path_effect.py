@@ -246,9 +246,7 @@ def _write(
 
     def read(activation: Tensor) -> None:
         value = activation[0, removed.position]
-        # The edit gets a copy, because it may change its argument in place.
-        edited = apply_edit(removed, value.clone(), activation[0].clone(), clean.ordinary)
-        written.append(value - edited)
+        written.append(value - apply_edit(removed, value, activation[0], clean.ordinary))
 
     tokens = clean.tokens[None]
     site = Site(removed.site, removed.layer)
