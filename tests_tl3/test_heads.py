@@ -42,7 +42,7 @@ def test_erasers_and_heads_of_planted_models(seed):
     logits = reads.sink
     parts = logits.content + logits.rotation + logits.query_bias + logits.key_bias
     torch.testing.assert_close(
-        parts + logits.position + logits.cap, logits.logit, rtol=1e-3, atol=1e-3
+        parts + logits.distance + logits.cap, logits.logit, rtol=1e-3, atol=1e-3
     )
 
 
@@ -53,7 +53,7 @@ def test_what_cannot_be_told_apart_is_said():
         for layer in model.hf.model.layers:
             layer.self_attn.q_proj.bias += 0.1
     host, tokens = model.load("hooked"), model.tokens(64)
-    found = ss.head_reads(host, tokens)
+    found = ss.head_reads(host, ss.detect_sinks(host, tokens))
     assert "biases" in found.notes[0]
     assert found.sink.query_bias.abs().max() == 0
     torch.testing.assert_close(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.analyses.heads.head_reads_result import PARTS, Logits
+from secondary_sinks.analyses.head_reads import FACTORS, PARTS, Logits
 from secondary_sinks.planted.planted_model import planted_model, random_planted
 
 
@@ -27,6 +27,19 @@ def default():
     model = planted_model()
     host = model.load()
     return host, ss.detect_sinks(host, model.tokens(64))
+
+
+@functools.cache
+def reads_of_default():
+    return ss.head_reads(*default())
+
+
+def with_hooks(hooks):
+    """The heads of the default model and its text, under hooks."""
+    host, sinks = default()
+    return ss.head_reads(
+        host, ss.detect_sinks(host, sinks.tokens, fwd_hooks=hooks), fwd_hooks=hooks
+    )
 
 
 def arranged(model, tokens):
@@ -110,7 +123,7 @@ def test_parts_of_the_biases_are_those_that_vanish_with_them(make_tiny, tokens_o
                 bias.data.zero_()
     after = ss.head_reads(model, arranged(model, tokens), n_matched=3)
     assert after.sink.query_bias.abs().max() == after.sink.key_bias.abs().max() == 0
-    assert after.sink.position.abs().max() == 0
+    assert after.sink.distance.abs().max() == 0
     for name in ("content", "rotation"):
         torch.testing.assert_close(
             getattr(after.sink, name)[:, 0], getattr(before.sink, name)[:, 0], rtol=1e-3, atol=1e-4
@@ -179,16 +192,15 @@ def test_factors_are_those_of_the_logit():
 
 def test_dormant_heads_see_small_values():
     """All attention on the primary, whose values are planted to be small; then made large."""
-    host, sinks = default()
 
     def enlarge(value, hook):
         value = value.clone()
-        value[:, sinks.primary_position] = value[0].norm(dim=-1).max()
+        value[:, 0] = value[0].norm(dim=-1).max()
         return value
 
     look = ("blocks.3.attn.hook_pattern", lambda pattern, hook: _onto_first(pattern))
-    small = ss.head_reads(host, sinks, fwd_hooks=[look])
-    large = ss.head_reads(host, sinks, fwd_hooks=[look, ("blocks.3.attn.hook_v", enlarge)])
+    small = with_hooks([look])
+    large = with_hooks([look, ("blocks.3.attn.hook_v", enlarge)])
     assert small.sink_attention[3].min() > 0.99
     assert (small.dormant_share[3] == 1).all()
     assert small.is_dormant[3].all()
@@ -225,7 +237,7 @@ def test_roles_table_and_repr(tmp_path):
         )
     long = found.logits_frame()
     assert len(long) == len(found.sinks) * len(frame)
-    assert set(long[long.shown].position) <= {sink.position for sink in sinks.sinks}
+    assert set(long[long.shown].position) == {sink.position for sink in sinks.sinks}
     assert "role" in found._repr_html_()
 
 
@@ -234,15 +246,58 @@ def test_seeds_and_a_choice_of_sinks():
     one, again, other = (ss.head_reads(host, sinks, n_matched=3, seed=s) for s in (1, 1, 2))
     assert one.sinks == again.sinks
     assert [s.matched for s in one.sinks] != [s.matched for s in other.sinks]
-    first = ss.head_reads(host, sinks, which=sinks.secondary[:1])
+    first = ss.head_reads(host, sinks, sinks=sinks.secondary[:1])
     assert [s.position for s in first.sinks] == [0, sinks.secondary[0].position]
 
 
-def test_scores_that_somebody_edits_are_refused():
+def test_a_token_that_is_not_a_sink_has_logits_and_no_role():
     host, sinks = default()
+    position = next(p for p in range(20, 64) if p not in {sink.position for sink in sinks.sinks})
+    found = ss.head_reads(host, sinks, sinks=[*sinks.secondary, position])
+    alone = reads_of_default()
+    *others, token = found.sinks
+    assert tuple(others) == alone.sinks
+    assert (token.position, token.kind) == (position, "chosen")
+    assert position not in token.matched
+    shown = list(token.shown)
+    assert shown == [layer + 1 for layer in sinks.secondary[0].layers]
+    for name in FACTORS:
+        assert getattr(found.sink, name)[-1, shown].isfinite().all()
+    torch.testing.assert_close(found.score[-1], sinks.sink_score[:, :, position])
+    reads = found.reads("secondary")
+    beyond = (found.sink.logit - found.ordinary.logit).masked_fill(~reads, torch.nan)
+    assert (
+        found.of_kind(beyond, "chosen").nanmean()
+        < 1
+        < found.of_kind(beyond, "secondary")[reads].min()
+    )
+    # It changes nothing in what is said of heads.
+    assert found.roles == alone.roles
+    for name in ("secondary_score", "sink_attention", "dormant_share"):
+        torch.testing.assert_close(getattr(found, name), getattr(alone, name))
+    assert f"position {position} is not a sink" in found.notes[0]
+    assert "and 1 other token" in repr(found)
+    assert "chosen_logit" in found.to_frame()
+    assert "chosen_logit" not in alone.to_frame()
+    table = found.logits_frame()
+    assert set(table[table["kind"] == "chosen"].position) == {position}
+
+
+def test_the_primary_alone_and_a_single_position():
+    host, sinks = default()
+    alone = ss.head_reads(host, sinks, sinks="primary")
+    assert [sink.kind for sink in alone.sinks] == ["primary"]
+    assert (alone.secondary_score == 0).all()
+    assert not alone.reads("secondary").any()
+    torch.testing.assert_close(alone.primary_score, reads_of_default().primary_score)
+    by_position = ss.head_reads(host, sinks, sinks=sinks.secondary[0].position)
+    assert [sink.kind for sink in by_position.sinks] == ["primary", "secondary"]
+
+
+def test_scores_that_somebody_edits_are_refused():
     lean = [("blocks.2.attn.hook_attn_scores", lambda scores, hook: 1.5 * scores)]
     with pytest.raises(ss.ModelError, match="do not add up"):
-        ss.head_reads(host, sinks, fwd_hooks=lean)
+        with_hooks(lean)
 
 
 def test_bad_input():
@@ -251,8 +306,8 @@ def test_bad_input():
         ss.head_reads(host, sinks, n_matched=0)
     stranger = dataclasses.replace(sinks.secondary[0], position=50)
     with pytest.raises(ss.InputError, match="not a sink of this map"):
-        ss.head_reads(host, sinks, which=[stranger])
-    with pytest.raises(ss.InputError, match="no sinks in this text"):
+        ss.head_reads(host, sinks, sinks=[stranger])
+    with pytest.raises(ss.InputError, match="no secondary sinks in this text"):
         ss.head_reads(host, dataclasses.replace(sinks, sinks=()))
 
 
