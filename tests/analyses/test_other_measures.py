@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -16,7 +17,8 @@ def test_planted_tokens_are_named_as_they_were_planted():
     planted = ss.planted_model(large_decoys=(21,), large_decoy_norm=300.0)
     host, tokens = planted.load(), planted.tokens(64)
     truth = planted.truth(tokens)
-    found = ss.other_measures(host, tokens, min_value=20.0, min_ratio=20.0)
+    sinks = ss.detect_sinks(host, tokens)
+    found = ss.other_measures(host, sinks, min_value=20.0, min_ratio=20.0)
     sinks = sorted([0, *(sink.position for sink in truth.sinks)])
     assert found.of("evidence") == sinks
     assert set(truth.decoys_large) <= set(found.of("massive"))
@@ -31,7 +33,10 @@ def test_planted_tokens_are_named_as_they_were_planted():
 
 def test_measures_are_those_of_the_collectors(tiny, family, tokens_of):
     model, tokens = tiny(family), tokens_of(24)
-    found = ss.other_measures(model, tokens, epsilon=0.2, min_rate=0.1)
+    found = ss.other_measures(model, ss.detect_sinks(model, tokens), epsilon=0.2, min_rate=0.1)
+    published = ss.detect_sinks(model, tokens, criterion="published")
+    positions = {sink.position for sink in published.sinks if sink.kind != "noise"}
+    assert found.named[1].nonzero().flatten().tolist() == sorted(positions)
     seen = ss.trace(
         model, tokens, [ss.SinkScores("gu"), ss.MassiveActivations(), ss.AttentionEntropy()]
     )
@@ -46,21 +51,25 @@ def test_measures_are_those_of_the_collectors(tiny, family, tokens_of):
 
 def test_qwen_the_published_rate_does_not_see_secondary_sinks(qwen):
     """They draw a tenth of the attention, in no head three tenths."""
-    found = ss.other_measures(qwen, demo_messages())
+    found = ss.other_measures(qwen, ss.detect_sinks(qwen, demo_messages()))
     secondary = found.secondary.nonzero().flatten().tolist()
     assert secondary == [2, 3, 7, 12, 18, 20, 23]
     assert not set(secondary) & set(found.of("gu"))
     assert 0 in found.of("gu")
-    assert set(secondary) <= set(found.of("reference"))
+    assert set(secondary) <= set(found.of("published"))
     assert len(set(secondary) & set(found.of("massive"))) == 6
+
+
+@functools.cache
+def names_every_token():
+    planted = ss.planted_model()
+    host, tokens = planted.load(), planted.tokens(100)
+    return ss.other_measures(host, ss.detect_sinks(host, tokens), epsilon=0.0)
 
 
 @pytest.mark.parametrize("count", [5, 50])
 def test_every_named_token_of_the_figure_can_be_read(count):
-    planted = ss.planted_model()
-    tokens = planted.tokens(100)
-    found = ss.other_measures(planted.load(), tokens, epsilon=0.0)  # names every token
-    figure = found.plot(n_tokens=count)
+    figure = names_every_token().plot(n_tokens=count)
     figure.canvas.draw()
     axes = figure.axes[0]
     labels = axes.get_xticklabels()
@@ -76,15 +85,16 @@ def test_every_named_token_of_the_figure_can_be_read(count):
 def test_file_and_bad_input(tmp_path):
     planted = ss.planted_model()
     host, tokens = planted.load(), planted.tokens(40)
-    found = ss.other_measures(host, tokens)
+    sinks = ss.detect_sinks(host, tokens)
+    found = ss.other_measures(host, sinks)
     back = ss.OtherMeasures.load(found.save(tmp_path / "found.safetensors"))
     assert back.to_frame().equals(found.to_frame())
     assert torch.equal(back.entropy.by_query, found.entropy.by_query)
     with pytest.raises(ss.InputError, match="no measure"):
         found.of("size")
     with pytest.raises(ss.InputError, match="epsilon"):
-        ss.other_measures(host, tokens, epsilon=2)
+        ss.other_measures(host, sinks, epsilon=2)
     with pytest.raises(ss.InputError, match="min_rate"):
-        ss.other_measures(host, tokens, min_rate=1)
+        ss.other_measures(host, sinks, min_rate=1)
     with pytest.raises(ss.InputError, match="min_ratio"):
-        ss.other_measures(host, tokens, min_ratio=-1)
+        ss.other_measures(host, sinks, min_ratio=-1)
