@@ -27,9 +27,14 @@ def test_ranking_ends_where_the_sink_is_gone():
     mlp = torch.tensor([0.0, 100.0, 0.0, -30.0, -60.0, 900.0, -900.0])
     attention = torch.tensor([0.0, 0.0, 0.0, -5.0, 1.0, 0.0, 0.0])
     projection = torch.cat([(mlp + attention).cumsum(0)])
-    found = rank(mlp, attention, projection, last_layer=2)
-    assert [str(one.block) for one in found] == ["mlp 4", "mlp 3", "attention 3", "attention 4"]
-    assert [one.length for one in found] == [60, 30, 5, -1]
+    ranking = rank(mlp, attention, projection, last_layer=2)
+    assert [str(erased.block) for erased in ranking] == [
+        "mlp 4",
+        "mlp 3",
+        "attention 3",
+        "attention 4",
+    ]
+    assert [erased.length for erased in ranking] == [60, 30, 5, -1]
     assert rank(mlp, attention, projection, last_layer=6) == []
     kept = torch.full_like(projection, 100.0)
     assert rank(mlp, attention, kept, last_layer=2)[0].block == Block("mlp", 6)
@@ -60,13 +65,13 @@ def ask(rows, candidate=60.0, others=((3, 40.0),), lifetime=2):
 
 def test_an_eraser_takes_most_and_is_needed():
     rows = [without("mlp 4", 3, 0.7, "candidate"), without("mlp 3", 2, 0.5)]
-    found = ask(rows)
-    assert (found.eraser, found.candidate, found.candidate_layer) == ("mlp 4", "mlp 4", 4)
-    assert (found.share, found.runner_up, found.runner_up_share) == (0.6, "mlp 3", 0.4)
-    assert (found.reason, found.primary_share, found.percentile) == ("", 0.4, 100)
-    assert (found.lifetime, found.lifetime_without) == (2, 3)
-    assert (found.left, found.left_without) == (0.1, 0.7)
-    assert found.co_erasers == ()
+    verdict = ask(rows)
+    assert (verdict.eraser, verdict.candidate, verdict.candidate_layer) == ("mlp 4", "mlp 4", 4)
+    assert (verdict.share, verdict.runner_up, verdict.runner_up_share) == (0.6, "mlp 3", 0.4)
+    assert (verdict.reason, verdict.primary_share, verdict.percentile) == ("", 0.4, 100)
+    assert (verdict.lifetime, verdict.lifetime_without) == (2, 3)
+    assert (verdict.left, verdict.left_without) == (0.1, 0.7)
+    assert verdict.co_erasers == ()
 
 
 def test_co_erasers_are_needed_and_take_half_as_much():
@@ -85,13 +90,13 @@ def test_co_erasers_are_needed_and_take_half_as_much():
     ],
 )
 def test_tests_that_disagree_leave_no_eraser(arguments, reason):
-    found = ask(**arguments)
-    assert (found.eraser, found.candidate) == (None, "mlp 4")
-    assert reason in found.reason
-    assert found.co_erasers == ()
+    verdict = ask(**arguments)
+    assert (verdict.eraser, verdict.candidate) == (None, "mlp 4")
+    assert reason in verdict.reason
+    assert verdict.co_erasers == ()
 
 
 def test_a_verdict_without_tests_names_no_block():
-    found = EraserVerdict("nothing ends it")
-    assert (found.eraser, found.candidate, found.candidate_layer) == (None, "", -1)
-    assert math.isnan(found.share)
+    verdict = EraserVerdict("nothing ends it")
+    assert (verdict.eraser, verdict.candidate, verdict.candidate_layer) == (None, "", -1)
+    assert math.isnan(verdict.share)

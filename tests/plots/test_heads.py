@@ -78,15 +78,15 @@ def check_texts(drawn_texts):
 
 
 def test_erasers_are_outlined(check_texts):
-    found, _ = planted()
-    figure = found.plot()
+    result, _ = planted()
+    figure = result.plot()
     outlined = [
         (patch.get_x() + 0.5, patch.get_y() + 0.5)
         for axes in figure.axes
         for patch in axes.patches
         if patch.get_gid() == "eraser"
     ]
-    expected = [(s.verdict.candidate_layer, row) for row, s in enumerate(found.sinks) if s.eraser]
+    expected = [(s.verdict.candidate_layer, row) for row, s in enumerate(result.sinks) if s.eraser]
     assert outlined == expected
     check_texts(figure)
 
@@ -94,15 +94,15 @@ def test_erasers_are_outlined(check_texts):
 def test_tokens_that_are_not_sinks_are_drawn_empty(check_texts):
     sinks = sinks_of_planted()
     position = next(p for p in range(20, 64) if p not in {sink.position for sink in sinks.sinks})
-    found = ss.sink_decomposition(planted_host(), sinks, sinks=position)
-    figure = found.plot()
+    result = ss.sink_decomposition(planted_host(), sinks, sinks=position)
+    figure = result.plot()
     assert not any(patch.get_gid() == "eraser" for axes in figure.axes for patch in axes.patches)
     check_texts(figure)
     check_texts(ss.head_reads(planted_host(), sinks, sinks=position).plot())
 
 
 def test_many_sinks_are_cut_and_said_to_be(check_texts):
-    found, _ = planted()
+    result, _ = planted()
     many = 70
 
     def repeated(value):
@@ -116,13 +116,13 @@ def test_many_sinks_are_cut_and_said_to_be(check_texts):
         }
         return dataclasses.replace(part, **tensors)
 
-    found = dataclasses.replace(
-        found,
-        sinks=found.sinks[:1] * many,
-        write=all_of(found.write),
-        head_write=all_of(found.head_write),
+    result = dataclasses.replace(
+        result,
+        sinks=result.sinks[:1] * many,
+        write=all_of(result.write),
+        head_write=all_of(result.head_write),
     )
-    figure = found.plot()
+    figure = result.plot()
     assert "and 10 more sinks" in [text.get_text() for text in figure.texts]
     check_texts(figure)
 
@@ -150,8 +150,8 @@ def test_heads_of_a_planted_model_and_of_one_where_nobody_looks(check_texts):
 
 
 def test_bad_arguments():
-    found, reads = planted()
-    for plot in (found.plot, reads.plot):
+    result, reads = planted()
+    for plot in (result.plot, reads.plot):
         with pytest.raises(ss.InputError, match="cell is 0"):
             plot(cell=0)
     with pytest.raises(ss.InputError, match="n_strongest is 0"):
