@@ -43,7 +43,7 @@ from secondary_sinks.host.queries_keys import (
     query_key_plan,
 )
 from secondary_sinks.observe.collectors import Collector, Run
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.attention_baseline import uniform_score
 from secondary_sinks.sinks.controls import matched_controls, ordinary_tokens
@@ -127,8 +127,8 @@ def head_reads(
     read = _read_sinks(sink_map, chosen, n_matched, seed)
     plan = query_key_plan(model)
     collector = _Reads(model, sink_map, read, plan)
-    tokens = cast(Tensor, sink_map.tokens)
-    reads: _Reads = cast(Trace, trace(model, tokens, [collector], fwd_hooks=fwd_hooks))["_Reads"]
+    tokens = sink_map.array("tokens")
+    reads: _Reads = trace_tokens(model, tokens, [collector], fwd_hooks=fwd_hooks)["_Reads"]
     _check(model, plan, reads)
     n_matched_keys = [len(sink.matched) for sink in read]
     positions = [sink.position for sink in read]

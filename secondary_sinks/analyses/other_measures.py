@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,16 +28,15 @@ from torch import Tensor
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
-from secondary_sinks.observe.collectors import (
-    Collector,
-    MassiveActivation,
-    MassiveActivations,
+from secondary_sinks.observe.attention_collectors import (
+    AttentionEntropy,
+    Entropies,
     SinkScores,
     sink_rate,
 )
-from secondary_sinks.observe.entropy import AttentionEntropy, Entropies
+from secondary_sinks.observe.collectors import Collector, MassiveActivation, MassiveActivations
 from secondary_sinks.observe.residual_geometry import ResidualGeometry
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result
 from secondary_sinks.sinks import published_criterion
 from secondary_sinks.sinks.selection import check_map
@@ -102,11 +101,11 @@ def other_measures(
         AttentionEntropy(),
         ResidualGeometry(published_criterion.CHAT_CANDIDATES, final_norm=True, name="geometry"),
     ]
-    tokens = cast(Tensor, sink_map.tokens)
-    trace_result = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
+    tokens = sink_map.array("tokens")
+    trace_result = trace_tokens(model, tokens, collectors, fwd_hooks=fwd_hooks)
     published = published_criterion.detect(
         trace_result["geometry"],
-        cast(Tensor, sink_map.mean_attention),
+        sink_map.array("mean_attention"),
         tokens.tolist(),
         sink_map.token_strings,
         chat=sink_map.provenance.chat_template is not None,

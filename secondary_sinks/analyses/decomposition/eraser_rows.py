@@ -27,7 +27,7 @@ from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import Scale, Zero
 from secondary_sinks.intervene.engine import Method, choose_engine, clean_run_for_rows
 from secondary_sinks.intervene.interventions import EditSite, Intervention, Row
-from secondary_sinks.intervene.passes import MAX_BEGINNINGS, run_rows
+from secondary_sinks.intervene.run_rows import run_rows
 from secondary_sinks.sinks.controls import phase_of
 from secondary_sinks.sinks.direct_writes import DirectWrite
 from secondary_sinks.sinks.sink import Sink
@@ -159,7 +159,7 @@ def ablate(
         sink_map,
         method,
         positions=[suspected.sink.position for suspected in suspects],
-        begin_at=sorted({suspected.sink.l_start for suspected in suspects} - {0})[:MAX_BEGINNINGS],
+        begin_at={suspected.sink.l_start for suspected in suspects},
         fwd_hooks=fwd_hooks,
     )
     # Rows of sinks that end alike are measured against the same direction.

@@ -27,7 +27,7 @@ from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.intervene.engine import Method
 from secondary_sinks.observe.collectors import Collector, Run
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.controls import ordinary_tokens
 from secondary_sinks.sinks.direct_writes import (
@@ -331,8 +331,7 @@ def _writes(
         at_primary,
         _Heads(positions, directions, ordinary, lambda layer: output_weights(model, layer)),
     ]
-    tokens = cast(Tensor, sink_map.tokens)
-    writes = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
+    writes = trace_tokens(model, sink_map.array("tokens"), collectors, fwd_hooks=fwd_hooks)
     heads, dtype = writes["_Heads"]
     check_head_sum(model, heads.error, dtype)
     return (
