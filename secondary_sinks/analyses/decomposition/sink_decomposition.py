@@ -175,6 +175,7 @@ class DecomposedSink:
     kind: Kind
     onset: int
     lifetime: int
+    """Of a token that is not a sink: the number of layers that it is measured over."""
     last_layer: int
     direction_layer: int
     """The layer after which the primary's direction was taken."""
