@@ -14,18 +14,18 @@ def test_erasers_and_heads_of_planted_models(seed):
     model = random_planted(seed)
     tokens = model.tokens(64)
     truth = model.truth(tokens)
-    found = {}
+    by_kind = {}
     for kind in ("hooked", "bridge"):
         host = model.load(kind)
         sinks = ss.detect_sinks(host, tokens)
         ends = ss.sink_decomposition(host, sinks, progress=False)
         reads = ss.head_reads(host, sinks)
-        found[kind] = ends, reads
+        by_kind[kind] = ends, reads
         expected = {s.position: f"mlp {s.onset + s.lifetime}" for s in truth.sinks}
         last = model.plan.n_layers
         for sink in ends.sinks:
             assert sink.eraser == (None if sink.last_layer + 1 == last else expected[sink.position])
-    (ends, reads), (bridge_ends, bridge_reads) = found["hooked"], found["bridge"]
+    (ends, reads), (bridge_ends, bridge_reads) = by_kind["hooked"], by_kind["bridge"]
     scale = float(bridge_ends.write.projection.abs().max())
     torch.testing.assert_close(
         ends.head_write.heads, bridge_ends.head_write.heads, rtol=1e-3, atol=1e-5 * scale
@@ -42,20 +42,20 @@ def test_erasers_and_heads_of_planted_models(seed):
     logits = reads.sink
     parts = logits.content + logits.rotation + logits.query_bias + logits.key_bias
     torch.testing.assert_close(
-        parts + logits.position + logits.cap, logits.logit, rtol=1e-3, atol=1e-3
+        parts + logits.distance + logits.cap, logits.logit, rtol=1e-3, atol=1e-3
     )
 
 
-def test_what_cannot_be_told_apart_is_said():
+def test_what_cannot_be_separated_is_noted():
     """`HookedTransformer` shows no angles, so a bias cannot be turned by one."""
     model = planted_model(architecture="qwen2")
     with torch.no_grad():
         for layer in model.hf.model.layers:
             layer.self_attn.q_proj.bias += 0.1
     host, tokens = model.load("hooked"), model.tokens(64)
-    found = ss.head_reads(host, tokens)
-    assert "biases" in found.notes[0]
-    assert found.sink.query_bias.abs().max() == 0
+    reads = ss.head_reads(host, ss.detect_sinks(host, tokens))
+    assert "biases" in reads.notes[0]
+    assert reads.sink.query_bias.abs().max() == 0
     torch.testing.assert_close(
-        found.sink.content + found.sink.rotation, found.sink.logit, rtol=1e-3, atol=1e-3
+        reads.sink.content + reads.sink.rotation, reads.sink.logit, rtol=1e-3, atol=1e-3
     )

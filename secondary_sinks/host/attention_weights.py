@@ -1,14 +1,14 @@
 """What one attention head adds to the residual stream: its `z` through its slice of W_O.
 
-The output of an attention block is a sum over heads, and so is any projection of it:
+The output of an attention block is a sum over heads, and so is its projection on any direction:
 
     attn_out[t] = s[t] * gain * (sum over heads of z[t, h] @ W_O[h]  +  b_O)
 
 `gain` and `s[t]` are those of a norm after the attention (Gemma 2 and 3, OLMo 2): it multiplies
 each dimension by a weight and each token by a number, which is taken from the clean run. Without
 such a norm `gain` is one and `s[t]` is the same for all tokens: one, or the factor by which some
-models scale what a block adds. That the formula holds is checked wherever it is used, because
-not every architecture is built this way (a gate or a norm before W_O breaks it).
+models scale what a block adds. Callers check the formula (`check_head_sum`), because it fails in
+some architectures, such as those with a gate or a norm before W_O.
 """
 
 from __future__ import annotations
@@ -17,45 +17,52 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.model_info import name_of
 
 
 @dataclass(frozen=True)
 class OutputWeights:
-    """What stands between `z` and the residual stream in one layer."""
+    """What lies between `z` and the residual stream in one layer."""
 
-    weight: Float[Tensor, "head d_head d_model"]
+    weight: Float[Tensor, " head d_head d_model"]
     """W_O of each head."""
-    bias: Float[Tensor, "d_model"]
+    bias: Float[Tensor, " d_model"]
     """b_O; zeros if there is none."""
-    gain: Float[Tensor, "d_model"]
+    gain: Float[Tensor, " d_model"]
     """Weight of the norm after the attention; ones if there is none."""
 
     def scale(
-        self, z: Float[Tensor, "token head d_head"], attn_out: Float[Tensor, "token d_model"]
-    ) -> tuple[Float[Tensor, "token"], float]:
+        self, z: Float[Tensor, " token head d_head"], attn_out: Float[Tensor, " token d_model"]
+    ) -> tuple[Float[Tensor, " token"], float]:
         """`s[t]` of every token, and how far the formula is from what the model computed.
 
         Returns:
             The scales, and the largest deviation of a token's output from the formula, relative to
             its norm (or to a hundredth of the mean norm, where that is more).
         """
-        made = (z.flatten(1) @ self.weight.flatten(0, 1) + self.bias) * self.gain
-        scale = (made * attn_out).sum(dim=-1) / made.square().sum(dim=-1).clamp_min(1e-30)
+        heads = einsum(z, self.weight, "token head d_head, head d_head d_model -> token d_model")
+        unscaled = (heads + self.bias) * self.gain
+        scale = (unscaled * attn_out).sum(-1) / unscaled.square().sum(-1).clamp_min(1e-30)
         norm = attn_out.norm(dim=-1)
-        away = (scale[:, None] * made - attn_out).norm(dim=-1)
-        error = away / norm.clamp_min(0.01 * norm.mean()).clamp_min(1e-30)
+        difference = (scale[:, None] * unscaled - attn_out).norm(dim=-1)
+        error = difference / norm.clamp_min(0.01 * norm.mean()).clamp_min(1e-30)
         return scale, float(error.max())
 
-    def along(self, directions: Float[Tensor, "direction d_model"]) -> tuple[Tensor, Tensor]:
-        """What `z` is multiplied with to give each head's part along each direction, and the part
-        of the bias, both for a scale of 1: [direction, head, d_head] and [direction]."""
-        seen = directions * self.gain
-        return torch.einsum("hkd,nd->nhk", self.weight, seen), seen @ self.bias
+    def along(
+        self, directions: Float[Tensor, " direction d_model"]
+    ) -> tuple[Float[Tensor, " direction head d_head"], Float[Tensor, " direction"]]:
+        """What each head's `z` is multiplied with to give its part along each direction, and the
+        part of the bias, both for a scale of 1."""
+        read = directions * self.gain
+        heads = einsum(
+            self.weight, read, "head d_head d_model, direction d_model -> direction head d_head"
+        )
+        return heads, read @ self.bias
 
 
 def output_weights(model: Any, layer: int) -> OutputWeights:
@@ -65,7 +72,7 @@ def output_weights(model: Any, layer: int) -> OutputWeights:
         ModelError: the block has none, or not by head.
     """
     block = model.blocks[layer]
-    name = describe(model).name
+    name = name_of(model)
     try:
         weight, bias = block.attn.W_O, getattr(block.attn, "b_O", None)
     except (AttributeError, RuntimeError, ValueError, NotImplementedError) as error:
@@ -81,30 +88,37 @@ def output_weights(model: Any, layer: int) -> OutputWeights:
             "can be ascribed to heads"
         )
     weight = weight.detach().float()
-    none = torch.zeros(weight.shape[2], device=weight.device)
-    return OutputWeights(
-        weight=weight,
-        bias=none if bias is None else bias.detach().float(),
-        gain=_gain(block, none),
-    )
+    zeros = torch.zeros(weight.shape[2], device=weight.device)
+    bias = zeros if bias is None else bias.detach().float()
+    return OutputWeights(weight, bias, gain=_gain(block, zeros))
 
 
 def check_head_sum(model: Any, error: float, dtype: torch.dtype) -> None:
-    """Raise `ModelError` where the heads' parts are not the attention's output."""
+    """Check that the heads' parts add up to the attention's output.
+
+    Args:
+        model: named in the message.
+        error: of `OutputWeights.scale`, the largest of all layers.
+        dtype: of the activations.
+
+    Raises:
+        ModelError: they do not.
+    """
     allowed = max(1e-3, 8 * torch.finfo(dtype).eps)
     if not error <= allowed:
         raise ModelError(
-            f"in {describe(model).name!r} the heads' outputs do not add up to the attention's "
-            f"(relative error {error:.1e}), so nothing can be ascribed to them: there is more than "
-            "W_O between them, or a hook edits one of the two"
+            f"in {name_of(model)!r} the heads' outputs do not add up to the attention's "
+            f"(relative error {error:.1e}), so nothing can be ascribed to them: the architecture "
+            "has more than W_O in between, or a hook edits one of the two; remove such a hook "
+            "(model.reset_hooks(), fwd_hooks=())"
         )
 
 
-def _gain(block: Any, like: Float[Tensor, "d_model"]) -> Float[Tensor, "d_model"]:
+def _gain(block: Any, like: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     """Weight of the norm after the attention.
 
-    A root-mean-square norm of ones is its weight, whatever the convention that it is stored in
-    (Gemma keeps it less one).
+    It is what a root-mean-square norm makes of ones, however the model stores it (Gemma stores it
+    less one).
     """
     norm = getattr(block, "ln1_post", None)
     if norm is None:

@@ -1,14 +1,14 @@
-"""Heads as a picture: who looks at the primary, who at secondary sinks, and what makes it so.
+"""Figure: which heads look at the primary, which at secondary sinks, and why.
 
-Two maps, one cell a head: its sink score for the primary (blue) and for the secondary sinks
-(orange, summed); a dot marks dormant heads. On the right the strongest heads of each kind: what
-makes their logit to a sink larger than to an ordinary key, part by part. Bars to the right favor
-the sink, bars to the left ordinary keys, and the black mark is their sum.
+Two maps with a cell for each head: its sink score for the primary (blue) and for the secondary
+sinks (orange, summed); a dot marks dormant heads. On the right, for the strongest heads of each
+kind, the parts of the difference between their logit to a sink and to an ordinary key. Bars to the
+right favor the sink, bars to the left ordinary keys, and the black mark is their sum.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from secondary_sinks.analyses.heads.head_reads_result import PARTS, HeadReads
+from secondary_sinks.analyses.head_reads import PARTS, HeadReads
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.style import COLORS, SMALL, add_panel, new_figure, styled
 
 _TOP, _BOTTOM, _LEFT, _RIGHT, _BAR = 0.35, 0.5, 0.5, 0.2, 0.08  # inches
 _ROW = 0.17
-_KINDS: tuple[Literal["primary", "secondary"], ...] = ("primary", "secondary")
+_DrawnKind = Literal["primary", "secondary"]
+_KINDS: tuple[_DrawnKind, ...] = get_args(_DrawnKind)
 _PART_COLORS = dict(
     zip(PARTS, ("#009E73", "#56B4E9", "#E69F00", "#CC79A7", "#BDBDBD", "#7A7A7A"), strict=True)
 )
@@ -33,7 +34,7 @@ def plot_head_reads(reads: HeadReads, *, n_strongest: int = 6, cell: float = 0.1
     """Maps of sink scores with dormant heads marked, and the logits of the strongest heads.
 
     Args:
-        reads: what `head_reads` found.
+        reads: result of `head_reads`.
         n_strongest: heads of each kind whose logits are drawn.
         cell: size of a head in inches.
 
@@ -73,7 +74,7 @@ def _map(
     figure: Figure,
     axes: Axes,
     reads: HeadReads,
-    kind: Literal["primary", "secondary"],
+    kind: _DrawnKind,
     bar_at: float,
     height: float,
 ) -> None:
@@ -96,10 +97,8 @@ def _map(
     bar.outline.set_linewidth(0.4)
 
 
-def _strongest(
-    reads: HeadReads, kind: Literal["primary", "secondary"], n: int
-) -> list[tuple[int, int]]:
-    """(layer, head) of those that look most, among those that look at all."""
+def _strongest(reads: HeadReads, kind: _DrawnKind, n: int) -> list[tuple[int, int]]:
+    """(layer, head) of those with the largest scores, among those that look at that kind."""
     score = reads.primary_score if kind == "primary" else reads.secondary_score
     score = score * reads.reads(kind)
     order = score.flatten().argsort(descending=True, stable=True)[:n].tolist()
@@ -107,11 +106,7 @@ def _strongest(
     return [place for place in places if score[place] > 0]
 
 
-def _bars(
-    axes: Axes,
-    reads: HeadReads,
-    strongest: dict[Literal["primary", "secondary"], list[tuple[int, int]]],
-) -> None:
+def _bars(axes: Axes, reads: HeadReads, strongest: dict[_DrawnKind, list[tuple[int, int]]]) -> None:
     labels, places, row = [], [], 0.0
     for kind, heads in strongest.items():
         if not heads:
@@ -127,22 +122,13 @@ def _bars(
             transform=axes.get_yaxis_transform(),
         )
         row += 1
-        beyond = {
+        excess = {
             name: reads.of_kind(getattr(reads.sink, name), kind)
             - reads.of_kind(getattr(reads.ordinary, name), kind)
             for name in ("logit", *PARTS)
         }
         for layer, head in heads:
-            values = {name: float(beyond[name][layer, head]) for name in PARTS}
-            for sign in (1, -1):
-                start = 0.0
-                for name, value in values.items():
-                    if value == value and value * sign > 0:
-                        color = _PART_COLORS[name]
-                        axes.barh(row, value, 0.7, left=start, color=color, linewidth=0)
-                        start += value
-            total = float(beyond["logit"][layer, head])
-            axes.plot([total, total], [row - 0.4, row + 0.4], color="black", linewidth=1.2)
+            _stack(axes, row, {name: float(values[layer, head]) for name, values in excess.items()})
             labels.append(f"{layer}.{head}")
             places.append(row)
             row += 1
@@ -156,6 +142,19 @@ def _bars(
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("logit to the sink less that to ordinary keys (nats)")
     axes.set_title("strongest heads (layer.head)")
+
+
+def _stack(axes: Axes, row: float, values: dict[str, float]) -> None:
+    """The parts of one logit from zero to the left and to the right, and a mark at their sum."""
+    for sign in (1, -1):
+        start = 0.0
+        for name in PARTS:
+            if values[name] * sign > 0:  # neither zero nor NaN
+                color = _PART_COLORS[name]
+                axes.barh(row, values[name], 0.7, left=start, color=color, linewidth=0)
+                start += values[name]
+    total = values["logit"]
+    axes.plot([total, total], [row - 0.4, row + 0.4], color="black", linewidth=1.2)
 
 
 def _legend(figure: Figure, left: float, top: float) -> None:

@@ -1,7 +1,7 @@
-"""Four measures as a picture: which tokens each names, and the entropy of attention by layer.
+"""Figure: which tokens each of four measures names, and the entropy of attention by layer.
 
-Above, a column for every token that some measure names, a row a measure: blue where the detection
-says primary, orange where it says secondary, gray where it says neither. Below, the entropy of the
+Above, a column for every token that some measure names and a row for each measure: blue where the
+map has a primary sink, orange where it has a secondary one, else gray. Below, the entropy of the
 attention of each layer over that of uniform attention: the mean over heads, and the range that
 holds nine in ten of them; shaded layers see secondary sinks.
 """
@@ -29,15 +29,15 @@ from secondary_sinks.plots.style import (
 
 _LEFT, _TOP, _BOTTOM, _RIGHT = 0.85, 0.35, 0.5, 0.2  # inches
 _CELL, _LONGEST, _CURVES = 0.145, 10, 1.4
-_NAMES = {"evidence": "evidence", "reference": "reference", "gu": "Gu et al.", "massive": "massive"}
+_NAMES = {"gu": "Gu et al."}
 _ALIVE = "#FBE6D8"
 
 
-def plot_other_measures(found: OtherMeasures, *, n_tokens: int = 50) -> Figure:
-    """Named tokens and entropy.
+def plot_other_measures(measures: OtherMeasures, *, n_tokens: int = 50) -> Figure:
+    """Which tokens are named, and the entropy of attention.
 
     Args:
-        found: of one text.
+        measures: result of `other_measures`.
         n_tokens: how many named tokens are shown, at most: those that most measures name first.
 
     Returns:
@@ -48,12 +48,11 @@ def plot_other_measures(found: OtherMeasures, *, n_tokens: int = 50) -> Figure:
     """
     if n_tokens < 1:
         raise InputError(f"n_tokens is {n_tokens}; it must be 1 or more")
-    named = (found.named & found.compared).sum(dim=0)
-    order = torch.argsort(named, descending=True, stable=True)[
-        : min(n_tokens, int((named > 0).sum()))
-    ]
-    shown = sorted(order.tolist())
-    labels = [f"{visible(found.token_strings[t], limit=_LONGEST)} {t}" for t in shown]
+    n_naming = (measures.named & measures.compared).sum(dim=0)
+    n_named = int((n_naming > 0).sum())
+    order = torch.argsort(n_naming, descending=True, stable=True)
+    shown = sorted(order[: min(n_tokens, n_named)].tolist())
+    labels = [f"{visible(measures.token_strings[t], limit=_LONGEST)} {t}" for t in shown]
     width = max(len(shown) * _CELL, 3.6)
     rows = len(MEASURES) * 0.2
     under = 0.15 + max(map(text_width, labels), default=0.3)
@@ -62,25 +61,24 @@ def plot_other_measures(found: OtherMeasures, *, n_tokens: int = 50) -> Figure:
         figure = new_figure(_LEFT + width + _RIGHT, height)
         dots = add_panel(figure, _LEFT, _TOP, max(len(shown), 1) * _CELL, rows)
         curves = add_panel(figure, _LEFT, _TOP + rows + under + 0.3, width, _CURVES)
-        _draw_dots(dots, found, shown, labels)
-        n_all = int((named > 0).sum())
-        count = f"{len(shown)} of {n_all} named tokens" if n_all > len(shown) else "named tokens"
-        dots.set_title(count, fontsize=SMALL)
-        _draw_entropy(curves, found)
+        _draw_dots(dots, measures, shown, labels)
+        some = f"{len(shown)} of {n_named} " if n_named > len(shown) else ""
+        dots.set_title(f"{some}named tokens", fontsize=SMALL)
+        _draw_entropy(curves, measures)
     return figure
 
 
-def _draw_dots(axes: Axes, found: OtherMeasures, shown: list[int], labels: list[str]) -> None:
+def _draw_dots(axes: Axes, measures: OtherMeasures, shown: list[int], labels: list[str]) -> None:
     axes.set_label("named")
     for row in range(len(MEASURES)):
         for column, token in enumerate(shown):
-            if not found.named[row, token]:
+            if not measures.named[row, token]:
                 continue
             kind = "ordinary"
-            if found.named[0, token]:
-                kind = "secondary" if found.secondary[token] else "primary"
+            if measures.named[0, token]:
+                kind = "secondary" if measures.secondary[token] else "primary"
             axes.plot(column, row, "o", color=COLORS[kind], markersize=4, gid=MEASURES[row])
-    axes.set_yticks(range(len(MEASURES)), [_NAMES[name] for name in MEASURES])
+    axes.set_yticks(range(len(MEASURES)), [_NAMES.get(name, name) for name in MEASURES])
     axes.set_xticks(range(len(shown)), labels, rotation=90, fontsize=SMALL, parse_math=False)
     for label in axes.get_xticklabels():
         label.set_fontfamily("DejaVu Sans Mono")
@@ -89,11 +87,11 @@ def _draw_dots(axes: Axes, found: OtherMeasures, shown: list[int], labels: list[
     axes.tick_params(length=0)
 
 
-def _draw_entropy(axes: Axes, found: OtherMeasures) -> None:
+def _draw_entropy(axes: Axes, measures: OtherMeasures) -> None:
     axes.set_label("entropy")
-    value = found.entropy.normalized_by_head.numpy()
+    value = measures.entropy.normalized_by_head.numpy()
     layers = np.arange(len(value))
-    for start, end in alive_spans(found.live_layers):
+    for start, end in alive_spans(measures.live_layers):
         axes.axvspan(start - 0.5, end - 0.5, color=_ALIVE, linewidth=0, zorder=0)
     low, high = np.nanquantile(value, [0.05, 0.95], axis=1)
     axes.fill_between(layers, low, high, color=COLORS["ordinary"], alpha=0.3, linewidth=0)

@@ -1,10 +1,10 @@
-"""A decomposition as a picture: what every block adds to each sink, and which one ends it.
+"""Figure: what every block adds to each sink, and which one ends it.
 
-Three heat maps. Two have one row a sink and one column a layer: what that layer's MLP, and its
-attention, adds along the sink direction, over the length that the sink has after its last layer
-(both beyond ordinary tokens). Red adds, gray takes off; the eraser is outlined. The third shows the
-heads, one row a head, as the mean over the sinks; its colors have a scale of their own, because
-heads usually do little here.
+Three heat maps. Two have a row for each sink and a column for each layer: what that layer's MLP,
+and its attention, adds along the sink direction, over the length that the sink has after its last
+layer (both beyond ordinary tokens). Red adds, gray erases; the eraser is outlined. Rows of tokens
+that are not sinks are empty. The third has a row for each head, the mean over the sinks; its colors
+have another scale, because heads usually add little.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from secondary_sinks.analyses.decomposition.decomposition_result import SinkDecomposition
+from secondary_sinks.analyses.decomposition.sink_decomposition import SinkDecomposition
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.sink_rows import SinkRows, outline
 from secondary_sinks.plots.style import add_panel, new_figure, styled
@@ -27,7 +27,7 @@ def plot_sink_decomposition(decomposition: SinkDecomposition, *, cell: float = 0
     """Heat maps of what MLPs, attention blocks and heads write, with the erasers outlined.
 
     Args:
-        decomposition: at most 60 sinks of it are drawn, from the first.
+        decomposition: result of `sink_decomposition`; at most 60 sinks are drawn, from the first.
         cell: width of a layer in inches.
 
     Returns:
@@ -47,7 +47,7 @@ def plot_sink_decomposition(decomposition: SinkDecomposition, *, cell: float = 0
     tallest = max(height, heads_height)
     mlp = decomposition.shares(decomposition.write.excess).numpy()
     attention = decomposition.shares(decomposition.write.attention_excess).numpy()
-    heads = decomposition.shares(decomposition.head_write.excess).mean(dim=0).numpy().T
+    heads = decomposition.shares(decomposition.head_write.excess).nanmean(dim=0).T
     with styled():
         figure = new_figure(left + 3 * (width + between) + 0.2 + _RIGHT, _TOP + tallest + _BOTTOM)
         for number, (kind, shares) in enumerate((("MLP", mlp), ("attention", attention))):
@@ -61,8 +61,8 @@ def plot_sink_decomposition(decomposition: SinkDecomposition, *, cell: float = 0
                     outline(axes, row, sink.verdict.candidate_layer, "primary", "eraser")
         x = left + 2 * (width + between) + 0.2
         axes = add_panel(figure, x, _TOP, width, heads_height)
-        scale = max(float(np.nanmax(np.abs(heads))), _LEAST_SCALE)
-        _draw(figure, axes, heads, scale, x + width + 0.1, heads_height)
+        scale = max(float(heads.nan_to_num().abs().max()), _LEAST_SCALE)
+        _draw(figure, axes, heads.numpy(), scale, x + width + 0.1, heads_height)
         axes.set_title("heads: mean share")
         axes.set_ylabel("head", labelpad=2)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))

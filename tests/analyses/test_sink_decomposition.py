@@ -18,7 +18,8 @@ from secondary_sinks.planted.planted_model import (
     random_planted,
 )
 
-SEEDS = [1, 2, 3, 5, 8, 13]  # of those with secondary sinks
+# Sinks that live to the last layer, that end alone, that end with the primary, and two phases.
+SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 13))]
 
 
 @functools.cache
@@ -29,15 +30,20 @@ def default():
     return host, ss.detect_sinks(host, model.tokens(64))
 
 
+@functools.cache
+def decomposition_of_default():
+    return ss.sink_decomposition(*default(), progress=False)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_erasers_are_the_planted_ones(seed):
     model = random_planted(seed)
     host, tokens = model.load(), model.tokens(64)
     truth = model.truth(tokens)
-    found = ss.sink_decomposition(host, tokens, progress=False)
-    by_position = {sink.position: sink for sink in found.sinks}
+    result = ss.sink_decomposition(host, ss.detect_sinks(host, tokens), progress=False)
+    by_position = {sink.position: sink for sink in result.sinks}
     depth = model.plan.n_layers
-    assert len(found.sinks) == len(truth.sinks)
+    assert len(result.sinks) == len(truth.sinks)
     for expected in truth.sinks:
         sink = by_position[expected.position]
         end = expected.onset + expected.lifetime
@@ -68,23 +74,23 @@ def test_an_eraser_of_the_primary_too():
     )
     host, tokens = model.load(), model.tokens(64)
     sinks = ss.detect_sinks(host, tokens)
-    found = ss.sink_decomposition(host, sinks, which=[*sinks.secondary, *sinks.primary])
-    shares = {(s.token, s.eraser): s.verdict.primary_share for s in found.sinks}
+    result = ss.sink_decomposition(host, sinks, sinks=[*sinks.secondary, *sinks.primary])
+    shares = {(s.token, s.eraser): s.verdict.primary_share for s in result.sinks}
     assert shares.pop(("t9", "mlp 9")) == pytest.approx(1, abs=0.05)
     assert shares.pop(("<bos>", "mlp 9")) == pytest.approx(1, abs=0.05)
     assert {eraser for _, eraser in shares} == {"mlp 7"}
     assert max(shares.values()) < 0.05
 
 
-def check_sums(found, tokens):
-    write, heads = found.write, found.head_write
+def check_sums(result, tokens):
+    write, heads = result.write, result.head_write
     scale = float(write.projection.abs().max().clamp_min(1))
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5 * scale)
     close(heads.heads.sum(dim=-1) + heads.bias, write.attention)
     parts = write.mlp + heads.heads.sum(dim=-1) + heads.bias
     close(write.embedding[:, None] + parts.cumsum(dim=1), write.projection)
-    frame = found.parts_frame()
-    for sink, projection in zip(found.sinks, write.projection, strict=True):
+    frame = result.parts_frame()
+    for sink, projection in zip(result.sinks, write.projection, strict=True):
         own = frame[frame.position == sink.position]
         assert own.along.sum() == pytest.approx(float(projection[-1]), rel=1e-3, abs=1e-4 * scale)
     # Heads of ordinary tokens: their excess is that of the attention but for its bias.
@@ -108,8 +114,8 @@ def test_parts_add_up_in_every_family(make_tiny, family, tokens_of):
     sinks = ss.detect_sinks(model, tokens)
     some = [ss.Sink(p, "", int(tokens[p]), "secondary", (layer,)) for p, layer in ((5, 1), (23, 0))]
     sinks = dataclasses.replace(sinks, sinks=tuple(some))
-    found = ss.sink_decomposition(model, sinks, verify=False)
-    check_sums(found, tokens)
+    result = ss.sink_decomposition(model, sinks, verify=False)
+    check_sums(result, tokens)
     # One head by hand: the attention's output less what it is with that head's z at zero, where
     # no norm stands behind.
     _, cache = model.run_with_cache(tokens[None])
@@ -127,7 +133,7 @@ def test_parts_add_up_in_every_family(make_tiny, family, tokens_of):
         with model.hooks(fwd_hooks=[("blocks.2.attn.hook_z", silence)]):
             _, without = model.run_with_cache(tokens[None])
         change = cache["attn_out", 2][0, 5] - without["attn_out", 2][0, 5]
-        assert found.head_write.heads[0, 2, 3].item() == pytest.approx(
+        assert result.head_write.heads[0, 2, 3].item() == pytest.approx(
             float(change @ direction), rel=1e-3, abs=1e-4
         )
 
@@ -147,22 +153,51 @@ def test_directions():
             ask(direction=bad)
 
 
+def test_a_token_that_is_not_a_sink_has_parts_and_no_verdict(tmp_path):
+    host, sinks = default()
+    position = next(p for p in range(20, 64) if p not in {sink.position for sink in sinks.sinks})
+    result = ss.sink_decomposition(host, sinks, sinks=[*sinks.secondary, position], progress=False)
+    alone = decomposition_of_default()
+    *others, token = result.sinks
+    assert tuple(others) == alone.sinks
+    assert (token.position, token.kind, token.eraser) == (position, "chosen", None)
+    assert token.verdict.reason == f"the token at position {position} is not a sink"
+    assert result.ablations == alone.ablations
+    write = result.write
+    parts = write.embedding[-1] + (write.mlp[-1] + write.attention[-1]).cumsum(dim=0)
+    torch.testing.assert_close(parts, write.projection[-1], rtol=1e-4, atol=1e-2)
+    whole = alone.write.excess_projection[0, alone.sinks[0].last_layer]
+    assert write.excess_projection[-1, token.last_layer].abs() < 0.1 * whole
+    shares = result.shares(write.excess)
+    assert shares[-1].isnan().all()
+    assert shares[:-1].isfinite().all()
+    assert "1 other token" in repr(result)
+    assert result.to_frame().reason.tolist() == ["", "", token.verdict.reason]
+    only = ss.sink_decomposition(host, sinks, sinks=position)
+    assert only.provenance.engine is None
+    back = ss.SinkDecomposition.load(only.save(tmp_path / "only.safetensors"))
+    assert repr(back) == repr(only) == "SinkDecomposition('planted', 1 other token)"
+
+
 def test_without_verification_nobody_is_an_eraser():
     host, sinks = default()
-    found = ss.sink_decomposition(host, sinks, verify=False)
-    assert {sink.eraser for sink in found.sinks} == {None}
-    assert all(s.verdict.candidate == f"mlp {s.last_layer + 1}" for s in found.sinks)
-    assert all("not tested" in s.verdict.reason for s in found.sinks)
-    assert found.removed == ()
-    assert found.engine == ""
+    result = ss.sink_decomposition(host, sinks, verify=False)
+    assert {sink.eraser for sink in result.sinks} == {None}
+    assert all(s.verdict.candidate == f"mlp {s.last_layer + 1}" for s in result.sinks)
+    assert all("not tested" in s.verdict.reason for s in result.sinks)
+    assert result.ablations == ()
+    assert result.provenance.engine is None
 
 
 def test_heads_that_are_no_sum_are_refused():
     host, sinks = default()
+    tokens = sinks.tokens
     double = [("blocks.5.attn.hook_out", lambda value, hook: 2 * value)]
-    found = ss.sink_decomposition(host, sinks, verify=False, fwd_hooks=double)
-    assert found.head_write.error < 1e-5, "a factor of the whole output is a scale, as of a norm"
+    sinks = ss.detect_sinks(host, tokens, fwd_hooks=double)
+    result = ss.sink_decomposition(host, sinks, verify=False, fwd_hooks=double)
+    assert result.head_write.error < 1e-5, "a factor of the whole output is a scale, as of a norm"
     shift = [("blocks.5.attn.hook_out", lambda value, hook: value + value.norm())]
+    sinks = ss.detect_sinks(host, tokens, fwd_hooks=shift)
     with pytest.raises(ss.ModelError, match="do not add up to the attention's"):
         ss.sink_decomposition(host, sinks, verify=False, fwd_hooks=shift)
 
@@ -194,36 +229,38 @@ def test_a_head_that_ends_sinks_is_named():
     ]
     sinks = ss.detect_sinks(host, tokens, fwd_hooks=hooks)
     assert {(s.position, s.level) for s in sinks.secondary} == {(p, (3, 2)) for p in where}
-    found = ss.sink_decomposition(host, tokens, sinks, fwd_hooks=hooks, progress=False)
-    assert {sink.eraser for sink in found.sinks} == {"head 5.1"}
-    assert {sink.verdict.percentile for sink in found.sinks} == {100.0}
+    result = ss.sink_decomposition(host, sinks, fwd_hooks=hooks, progress=False)
+    assert {sink.eraser for sink in result.sinks} == {"head 5.1"}
+    assert {sink.verdict.percentile for sink in result.sinks} == {100.0}
 
 
 def test_save_load_tables_and_repr(tmp_path):
-    host, sinks = default()
-    found = ss.sink_decomposition(host, sinks, progress=False)
-    back = ss.SinkDecomposition.load(found.save(tmp_path / "found.safetensors"))
-    assert (back.sinks, back.removed, back.model) == (found.sinks, found.removed, found.model)
-    assert torch.equal(back.head_write.heads, found.head_write.heads)
-    assert repr(back) == repr(found)
-    assert "erasers: mlp" in repr(found)
-    assert list(found.to_frame().eraser) == [s.eraser for s in found.sinks]
-    roles = found.removed_frame().groupby("sink").role.value_counts().unstack()
+    result = decomposition_of_default()
+    back = ss.SinkDecomposition.load(result.save(tmp_path / "result.safetensors"))
+    assert (back.sinks, back.ablations) == (result.sinks, result.ablations)
+    assert back.provenance == result.provenance
+    assert torch.equal(back.head_write.heads, result.head_write.heads)
+    assert repr(back) == repr(result)
+    assert "eraser of 2 sinks: mlp" in repr(result)
+    assert list(result.to_frame().eraser) == [s.eraser for s in result.sinks]
+    roles = result.ablations_frame().groupby("sink").role.value_counts().unstack()
+    assert (roles.candidate == roles.unedited).all()
     assert (roles.candidate == 1).all()
     # Every other MLP and attention block from the onset to the end of the erasure.
-    spans = [2 * (s.verdict.candidate_layer - s.onset) - 1 for s in found.sinks]
+    spans = [2 * (s.verdict.candidate_layer - s.onset) - 1 for s in result.sinks]
     assert roles.control.tolist() == spans
-    assert "mlp" in found._repr_html_()
+    assert "mlp" in result._repr_html_()
 
 
 def test_bad_input():
     host, sinks = default()
     bare = planted_model(secondary=())
+    host_of_bare = bare.load()
     with pytest.raises(ss.InputError, match="no secondary sinks"):
-        ss.sink_decomposition(bare.load(), bare.tokens(48))
-    stranger = dataclasses.replace(sinks.secondary[0], position=50)
+        ss.sink_decomposition(host_of_bare, ss.detect_sinks(host_of_bare, bare.tokens(48)))
+    elsewhere = dataclasses.replace(sinks.secondary[0], position=50)
     with pytest.raises(ss.InputError, match="not a sink of this map"):
-        ss.sink_decomposition(host, sinks, which=[stranger])
+        ss.sink_decomposition(host, sinks, sinks=[elsewhere])
 
 
 def test_smollm_erases_its_phases_one_after_the_other(smollm):
@@ -236,8 +273,8 @@ def test_smollm_erases_its_phases_one_after_the_other(smollm):
     sinks = ss.detect_sinks(smollm, text)
     strongest = max(sinks.secondary, key=lambda sink: sink.sink_score)
     which = [sinks.primary[0], strongest]
-    found = ss.sink_decomposition(smollm, sinks, which=which, progress=False)
-    primary, secondary = found.sinks
+    result = ss.sink_decomposition(smollm, sinks, sinks=which, progress=False)
+    primary, secondary = result.sinks
     assert primary.eraser == "mlp 9"
     assert primary.verdict.share == pytest.approx(1, abs=0.1)
     assert secondary.eraser == "mlp 10"
@@ -249,10 +286,10 @@ def test_qwen(qwen):
     """MLP 22 ends every sink, and takes a good part of the primary with it."""
     text = "You are a helpful assistant.\n\n" * 2 + "The sea took the bridge in the storm."
     sinks = ss.detect_sinks(qwen, text, chat=True, max_tokens=64)
-    which = [s for s in sinks.secondary if s.layers[-1] == 21][:3]
-    assert len(which) >= 2
-    found = ss.sink_decomposition(qwen, sinks, which=which, progress=False)
-    assert {sink.eraser for sink in found.sinks} == {"mlp 22"}
-    for sink in found.sinks:
+    which = [s for s in sinks.secondary if s.layers[-1] == 21][:2]
+    assert len(which) == 2
+    result = ss.sink_decomposition(qwen, sinks, sinks=which, progress=False)
+    assert {sink.eraser for sink in result.sinks} == {"mlp 22"}
+    for sink in result.sinks:
         assert sink.verdict.left_without > 0.95
         assert 0.3 < sink.verdict.primary_share < 0.5

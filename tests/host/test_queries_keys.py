@@ -9,8 +9,8 @@ from secondary_sinks.host.queries_keys import PAIRINGS, query_key_plan, rotate
 
 EXPECTED = {
     "gpt2": ("none", "", False),
-    "neox": ("made", "halves", False),
-    "phi3": ("made", "halves", False),
+    "neox": ("computed", "halves", False),
+    "phi3": ("computed", "halves", False),
     "gpt-oss": ("read", "doubled halves", False),
     "qwen3": ("read", "halves", True),
     "gemma3": ("read", "halves", True),

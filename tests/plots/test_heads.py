@@ -9,16 +9,26 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.analyses.heads.head_reads_result import HeadReads, Logits, ReadSink
+from secondary_sinks.analyses.head_reads import FACTORS, HeadReads, Logits, ReadSink
+from secondary_sinks.host.model_info import ModelInfo
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.planted.planted_model import planted_model
 from secondary_sinks.plots.style import SMALL
 
 
 @functools.cache
+def planted_host():
+    return planted_model().load()
+
+
+@functools.cache
+def sinks_of_planted():
+    return ss.detect_sinks(planted_host(), planted_model().tokens(64))
+
+
+@functools.cache
 def planted():
-    model = planted_model()
-    host = model.load()
-    sinks = ss.detect_sinks(host, model.tokens(64))
+    host, sinks = planted_host(), sinks_of_planted()
     return ss.sink_decomposition(host, sinks, progress=False), ss.head_reads(host, sinks)
 
 
@@ -27,8 +37,7 @@ def invented(n_layers, n_heads, *, n_sinks=3):
 
     def logits():
         shape = (n_sinks, n_layers, n_heads)
-        names = [entry.name for entry in dataclasses.fields(Logits)]
-        return Logits(**{name: 3 * torch.randn(shape, generator=generator) for name in names})
+        return Logits(**{name: 3 * torch.randn(shape, generator=generator) for name in FACTORS})
 
     shape = (n_layers, n_heads)
     shown = tuple(range(2, n_layers))
@@ -36,23 +45,18 @@ def invented(n_layers, n_heads, *, n_sinks=3):
         sinks=tuple(
             ReadSink(p, "t", "secondary" if p else "primary", shown, (9,)) for p in range(n_sinks)
         ),
-        n_layers=n_layers,
-        n_heads=n_heads,
         min_score=0.1,
         sink=logits(),
         ordinary=logits(),
-        primary_score=torch.rand(shape, generator=generator),
-        secondary_score=torch.rand(shape, generator=generator),
-        uniform_primary_score=torch.zeros(n_layers),
-        uniform_secondary_score=torch.zeros(n_layers),
+        score=torch.rand(n_sinks, *shape, generator=generator),
+        uniform_score=torch.zeros(n_sinks),
         entropy=torch.rand(shape, generator=generator),
         uniform_entropy=torch.ones(n_layers),
         sink_attention=torch.rand(shape, generator=generator),
         value_seen=torch.rand(shape, generator=generator),
         dormant_share=torch.rand(shape, generator=generator),
         error=0.0,
-        seed=0,
-        model={"name": "an $invented$ model"},
+        provenance=Provenance(ModelInfo("an $invented$ model")),
     )
 
 
@@ -74,21 +78,31 @@ def check_texts(drawn_texts):
 
 
 def test_erasers_are_outlined(check_texts):
-    found, _ = planted()
-    figure = found.plot()
+    result, _ = planted()
+    figure = result.plot()
     outlined = [
         (patch.get_x() + 0.5, patch.get_y() + 0.5)
         for axes in figure.axes
         for patch in axes.patches
         if patch.get_gid() == "eraser"
     ]
-    expected = [(s.verdict.candidate_layer, row) for row, s in enumerate(found.sinks) if s.eraser]
+    expected = [(s.verdict.candidate_layer, row) for row, s in enumerate(result.sinks) if s.eraser]
     assert outlined == expected
     check_texts(figure)
 
 
+def test_tokens_that_are_not_sinks_are_drawn_empty(check_texts):
+    sinks = sinks_of_planted()
+    position = next(p for p in range(20, 64) if p not in {sink.position for sink in sinks.sinks})
+    result = ss.sink_decomposition(planted_host(), sinks, sinks=position)
+    figure = result.plot()
+    assert not any(patch.get_gid() == "eraser" for axes in figure.axes for patch in axes.patches)
+    check_texts(figure)
+    check_texts(ss.head_reads(planted_host(), sinks, sinks=position).plot())
+
+
 def test_many_sinks_are_cut_and_said_to_be(check_texts):
-    found, _ = planted()
+    result, _ = planted()
     many = 70
 
     def repeated(value):
@@ -102,13 +116,13 @@ def test_many_sinks_are_cut_and_said_to_be(check_texts):
         }
         return dataclasses.replace(part, **tensors)
 
-    found = dataclasses.replace(
-        found,
-        sinks=found.sinks[:1] * many,
-        write=all_of(found.write),
-        head_write=all_of(found.head_write),
+    result = dataclasses.replace(
+        result,
+        sinks=result.sinks[:1] * many,
+        write=all_of(result.write),
+        head_write=all_of(result.head_write),
     )
-    figure = found.plot()
+    figure = result.plot()
     assert "and 10 more sinks" in [text.get_text() for text in figure.texts]
     check_texts(figure)
 
@@ -129,19 +143,15 @@ def test_heads_of_small_and_large_models(n_layers, n_heads, n, check_texts):
 def test_heads_of_a_planted_model_and_of_one_where_nobody_looks(check_texts):
     _, reads = planted()
     check_texts(reads.plot())
-    nobody = dataclasses.replace(
-        reads,
-        primary_score=torch.zeros_like(reads.primary_score),
-        secondary_score=torch.zeros_like(reads.secondary_score),
-    )
+    nobody = dataclasses.replace(reads, score=torch.zeros_like(reads.score))
     figure = nobody.plot()
     assert len(figure.axes) == 4
     check_texts(figure)
 
 
 def test_bad_arguments():
-    found, reads = planted()
-    for plot in (found.plot, reads.plot):
+    result, reads = planted()
+    for plot in (result.plot, reads.plot):
         with pytest.raises(ss.InputError, match="cell is 0"):
             plot(cell=0)
     with pytest.raises(ss.InputError, match="n_strongest is 0"):

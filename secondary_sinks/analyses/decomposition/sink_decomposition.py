@@ -1,161 +1,307 @@
-"""All that is written along a sink's direction, by MLP and by head, and who ends the sink."""
+"""What is written along a sink's direction, by MLP and by head, and which block ends the sink?
+
+The residual stream is a sum: the embedding, every MLP, and every attention block, which is itself a
+sum over heads and a bias. So is its projection on one direction, exactly. The parts before a sink's
+onset show what made it (`attribute_to_mlps` tests that), those after it what keeps it, and the
+negative ones after its last layer what *ends* it (`analyses.decomposition.erasers` tests that).
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import defaultdict
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float
-from secondary_sinks.intervene.passes import MAX_BEGINNINGS, run_rows
 from torch import Tensor
 
-from secondary_sinks.analyses.decomposition.decomposition_result import (
-    DecomposedSink,
-    HeadWrite,
-    SinkDecomposition,
-)
-from secondary_sinks.analyses.decomposition.erasers import (
-    Block,
-    BlockRemoved,
-    EraserVerdict,
-    judge,
-    leading_life,
-    main_head,
-    no_eraser,
-    rank,
-)
+from secondary_sinks.analyses.decomposition.eraser_rows import Suspects, ablate
+from secondary_sinks.analyses.decomposition.erasers import BlockAblation, EraserVerdict
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.attention_weights import (
-    OutputWeights,
-    check_head_sum,
-    output_weights,
-)
-from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.text_input import Text
-from secondary_sinks.intervene.clean_run import CleanRun
-from secondary_sinks.intervene.edits import Scale, Zero
-from secondary_sinks.intervene.engine import Method, choose_engine, clean_run_for_rows
-from secondary_sinks.intervene.interventions import EditSite, Intervention, Row
+from secondary_sinks.host.attention_weights import OutputWeights, check_head_sum, output_weights
+from secondary_sinks.host.protocol import Model, UserHook
+from secondary_sinks.host.provenance import Provenance
+from secondary_sinks.intervene.engine import Method
 from secondary_sinks.observe.collectors import Collector, Run
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import trace_tokens
+from secondary_sinks.result import Result, counted
+from secondary_sinks.sinks.controls import ordinary_tokens
 from secondary_sinks.sinks.direct_writes import (
     DirectWrite,
     Projections,
     checked_write,
     sink_directions,
 )
-from secondary_sinks.sinks.selection import chosen_sinks, sink_map_of
-from secondary_sinks.sinks.sink import Sink
-from secondary_sinks.sinks.sink_map import SinkMap
+from secondary_sinks.sinks.selection import check_map
+from secondary_sinks.sinks.sink import Kind, Sink
+from secondary_sinks.sinks.sink_map import SinkChoice, SinkMap
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def sink_decomposition(
-    model: Any,
-    text: Text | SinkMap,
-    sinks: SinkMap | None = None,
+    model: Model,
+    sink_map: SinkMap,
     *,
-    which: Literal["secondary"] | Sequence[Sink] = "secondary",
+    sinks: SinkChoice = "secondary",
     direction: Literal["onset", "last"] | int = "onset",
     verify: bool = True,
     method: Method = "auto",
-    chat: bool = False,
     progress: bool | None = None,
     fwd_hooks: Sequence[UserHook] = (),
 ) -> SinkDecomposition:
-    """Take each sink's residual along its direction apart, and find the block that ends the sink.
+    """What is each sink's residual along the sink direction made of, and which block ends the sink?
 
     The direction is `(r - c) / |r - c|`, with `r` the primary's residual and `c` the common
     component after one layer; it is the same for all parts of a sink, because only then do they
-    add up. A part is the dot product of what the embedding, an MLP, an attention head (its `z`
-    through its slice of W_O) or an attention's output bias adds to the token with that direction,
-    in units of the residual stream. Where a norm follows the attention, heads and bias are
-    multiplied by what the norm multiplied their sum with in this run. That parts up to a layer are
-    the residual's own projection, and heads the attention's, is checked.
+    add up. A part is the dot product of that direction with what the embedding, an MLP, an
+    attention head (its `z` through its slice of W_O) or an attention's output bias adds to the
+    token, in units of the residual stream. Where a norm follows the attention, heads and bias are
+    multiplied by what the norm multiplied their sum with in this run. Checked: that the parts up to
+    a layer add up to the residual's projection, and heads to the attention's.
 
-    The *eraser* of a sink is the block after its last layer that takes most off along the
-    direction, beyond what ordinary tokens lose, if the token is a sink for longer when that block's
-    output there is zeroed (`analyses.decomposition.erasers`). The controls are all other MLPs and attention blocks
-    from the onset to the layer after which little of the sink is left. A sink for which the tests
-    disagree has `eraser=None` and a `reason`, as has one that lives to the last layer.
+    The *eraser* of a sink is the block after its last layer that erases most along the direction,
+    beyond what ordinary tokens lose, if the token is a sink for longer when that block's output
+    there is zeroed (`analyses.decomposition.erasers`). The controls are all other MLPs and
+    attention blocks from the onset to the layer after which little of the sink is left. Where the
+    tests disagree, where the sink lives to the last layer, and for a token that is not a sink,
+    `eraser` is None and `reason` says why.
 
-    What it is not evidence for: a large part is a write, not a cause of whatever happens later; and
-    an eraser ends the sink at this token, which does not make ending sinks its purpose.
+    >>> parts = sink_decomposition(model, sink_map)
+    >>> parts.to_frame()[["position", "eraser", "share", "reason"]]
+    >>> parts.plot()
+
+    Not evidence for: what a large part causes later (it is a write); or that an eraser is there to
+    end sinks (it ends this one, at this token).
 
     Args:
         model: any TransformerLens model.
-        text: one text (see `detect_sinks`), or its sink map.
-        sinks: the text's sink map, if it is there already.
-        which: "secondary" for all secondary sinks, or some sinks of the map.
+        sink_map: from `detect_sinks` in this model.
+        sinks: which sinks, or positions, of the map (`SinkMap.select`).
         direction: after which layer the primary's direction is taken: that of the sink's onset, the
-            sink's last, or any. `rotation` of the result tells how much they differ.
+            sink's last, or any. `rotation` of the result says how much they differ.
         verify: test candidates and controls by zeroing them; without it there is no eraser.
         method: engine of these rows; see `counterfactuals`.
-        chat: the string goes through the chat template.
         progress: show a progress bar; None shows one for more than one pass.
-        fwd_hooks: hooks of your own, in force in every pass.
+        fwd_hooks: the hooks with which the map was made, in force here as well.
 
     Returns:
-        `SinkDecomposition`: parts as [sink, layer] and [sink, layer, head], and a verdict a sink.
+        `SinkDecomposition`: parts as [sink, layer] and [sink, layer, head], and a verdict on each
+        sink.
 
     Raises:
-        InputError: no secondary sinks in the text, sinks that are not in the map, a direction that
-            is no layer, a sink map of another model, text or criterion, or several texts.
+        InputError: nothing is selected, a direction that is not a layer, or a sink map that does
+            not belong to this model.
         ModelError: the parts do not add up in this model, or it cannot be measured.
     """
-    found = sink_map_of(model, text, sinks, chat=chat, fwd_hooks=fwd_hooks)
-    chosen = chosen_sinks(found, which)
-    n_layers = int(found.model["n_layers"])
-    layers = [_direction_layer(direction, sink, n_layers) for sink in chosen]
-    begin_at = sorted({sink.l_start for sink in chosen} - {0})[:MAX_BEGINNINGS]
-    clean = clean_run_for_rows(
+    check_map(model, sink_map, fwd_hooks=fwd_hooks)
+    chosen = sink_map.select(sinks)
+    layers = [_direction_layer(direction, sink, int(sink_map.n_layers or 0)) for sink in chosen]
+    directions = sink_directions(sink_map, layers)
+    write, primary_write, head_write = _writes(model, sink_map, chosen, directions, fwd_hooks)
+    suspects = [
+        Suspects.of(index, sink, write, head_write.excess[index])
+        for index, sink in enumerate(chosen)
+    ]
+    ablations, engine = ablate(
         model,
-        found,
-        method,
-        positions=[sink.position for sink in chosen],
-        begin_at=begin_at,
+        sink_map,
+        suspects if verify else [],
+        method=method,
+        progress=progress,
         fwd_hooks=fwd_hooks,
     )
-    directions = sink_directions(clean, layers)
-    write, primary, heads = _writes(model, clean, chosen, directions, fwd_hooks)
-    tests = [
-        _Test(index, sink, found, write, heads, run=verify) for index, sink in enumerate(chosen)
-    ]
-    engine = ""
-    for group in _groups([test for test in tests if test.rows]):
-        kept = group[0].kept(clean)
-        rows = [row for test in group for row in test.rows]
-        positions = [row[0].position for row in rows]
-        engine, _ = choose_engine(model, clean, method, positions, fwd_hooks)
-        states = run_rows(engine, model, kept, rows, fwd_hooks=fwd_hooks, progress=progress)
-        length = states.centered_norm * states.centered_alignment
-        is_sink = kept.judge(
-            states.centered_alignment, states.centered_norm, states.direct_score, positions
-        )
-        first = 0
-        for test in group:
-            mine = slice(first, first + len(test.rows))
-            test.take(is_sink[mine], length[mine])
-            first = mine.stop
     return SinkDecomposition(
         sinks=tuple(
-            _decomposed(test, layer, write, primary)
-            for test, layer in zip(tests, layers, strict=True)
+            DecomposedSink(
+                position=sink.position,
+                token=sink.token,
+                token_id=sink.token_id,
+                kind=sink.kind,
+                onset=sink.l_start,
+                lifetime=sink.lifetime,
+                last_layer=sink.layers[-1],
+                direction_layer=layer,
+                verdict=suspected.verdict(write, primary_write, ablations.get(suspected.index, [])),
+            )
+            for sink, layer, suspected in zip(chosen, layers, suspects, strict=True)
         ),
-        n_layers=n_layers,
-        n_heads=heads.heads.shape[2],
         direction=str(direction),
         write=write,
-        head_write=heads,
-        primary_write=primary,
-        rotation=_rotation(clean, directions),
-        removed=tuple(removed for test in tests for removed in test.removed),
-        engine=engine,
-        model=found.model,
-        primary_position=found.primary_position,
+        head_write=head_write,
+        primary_write=primary_write,
+        primary_position=sink_map.primary_position,
+        rotation=directions @ sink_directions(sink_map, range(write.mlp.shape[1])).T,
+        ablations=tuple(row for index in sorted(ablations) for row in ablations[index]),
+        provenance=sink_map.provenance.extended(engine=engine),
     )
+
+
+@dataclass(frozen=True)
+class HeadWrite:
+    """What each attention head contributes to a token's residual along the sink direction.
+
+    `heads.sum(-1) + bias` is the attention's write. Where a norm follows the attention, its scale
+    at the token is that of the clean run, so the parts are exact and add up, but say nothing of
+    what the norm would do without one of them.
+    """
+
+    heads: Float[Tensor, " sink layer head"]
+    bias: Float[Tensor, " sink layer"]
+    """Of the attention's output bias, which is the same for all tokens but for such a norm."""
+    ordinary_heads: Float[Tensor, " sink layer head"]
+    """Mean over ordinary tokens along the same direction."""
+    error: float
+    """Largest deviation of a token's attention output from the sum of its heads, over its norm."""
+
+    @property
+    def excess(self) -> Float[Tensor, " sink layer head"]:
+        """What each head writes beyond what ordinary tokens get."""
+        return self.heads - self.ordinary_heads
+
+
+@dataclass(frozen=True)
+class DecomposedSink:
+    """One sink, and the block that ended it."""
+
+    position: int
+    token: str
+    token_id: int
+    kind: Kind
+    onset: int
+    lifetime: int
+    """Of a token that is not a sink: the number of layers that it is measured over."""
+    last_layer: int
+    direction_layer: int
+    """The layer after which the primary's direction was taken."""
+    verdict: EraserVerdict
+
+    @property
+    def eraser(self) -> str | None:
+        """The block that ended the sink; None where the tests disagree or nothing did."""
+        return self.verdict.eraser
+
+
+@dataclass(frozen=True)
+class SinkDecomposition(Result):
+    """Everything written along each sink's direction, by block and head; see
+    `sink_decomposition`."""
+
+    sinks: tuple[DecomposedSink, ...]
+    direction: str
+    """Which direction: "onset", "last" or a layer's number."""
+    write: DirectWrite
+    """Of the embedding, every MLP and every attention block, at the sink's token."""
+    head_write: HeadWrite
+    """Of every attention head there."""
+    primary_write: DirectWrite
+    """The same as `write` at the *primary's* token, along the same direction."""
+    primary_position: int
+    rotation: Float[Tensor, " sink layer"]
+    """Cosine of the direction with the sink direction after each layer. Where it is far from 1, a
+    write along the one says little about the other."""
+    ablations: tuple[BlockAblation, ...]
+    """What became of each sink as it is, without its candidate, and without each control."""
+    provenance: Provenance
+    """With the engine that ran the rows; None if there were none."""
+
+    @property
+    def n_layers(self) -> int:
+        """Depth of the model."""
+        return self.head_write.heads.shape[1]
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a layer."""
+        return self.head_write.heads.shape[2]
+
+    def __repr__(self) -> str:
+        erasers = Counter(sink.eraser for sink in self.sinks if sink.kind != "chosen")
+        n_chosen = len(self.sinks) - erasers.total()
+        named = [
+            f"eraser of {counted(count, 'sink')}: {name or 'none'}"
+            for name, count in sorted(erasers.items(), key=lambda item: (-item[1], str(item[0])))
+        ]
+        named += [counted(n_chosen, "other token")] if n_chosen else []
+        return f"SinkDecomposition({self.provenance.model.name!r}, {'; '.join(named)})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each sink: which block ended it, and how the tests came out."""
+        import pandas as pd
+
+        rows = []
+        for index, sink in enumerate(self.sinks):
+            verdict = sink.verdict
+            rows.append(
+                {
+                    "position": sink.position,
+                    "token": sink.token,
+                    "kind": sink.kind,
+                    "onset": sink.onset,
+                    "last_layer": sink.last_layer,
+                    "eraser": verdict.eraser,
+                    "co_erasers": verdict.co_erasers,
+                    "candidate": verdict.candidate,
+                    "share": verdict.share,
+                    "runner_up": verdict.runner_up,
+                    "runner_up_share": verdict.runner_up_share,
+                    "primary_share": verdict.primary_share,
+                    "length": float(self.write.excess_projection[index, sink.last_layer]),
+                    "lifetime": sink.lifetime,
+                    "lifetime_without": verdict.lifetime_without,
+                    "left": verdict.left,
+                    "left_without": verdict.left_without,
+                    "percentile": verdict.percentile,
+                    "reason": verdict.reason,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def parts_frame(self) -> pd.DataFrame:
+        """One row for each part of each sink: embedding, MLPs, heads, and the attentions' biases.
+
+        The parts of a sink up to a layer add up to the residual's projection after it. `excess` is
+        what goes beyond ordinary tokens (NaN for embedding and bias).
+        """
+        import pandas as pd
+
+        write, heads = self.write, self.head_write
+        rows: list[tuple[Any, ...]] = []
+        for index, sink in enumerate(self.sinks):
+            along = float(write.embedding[index])
+            rows.append((sink.position, "embedding", -1, -1, along, math.nan))
+            per_layer = (write.mlp, write.excess, heads.bias, heads.heads, heads.excess)
+            for layer, (mlp, mlp_excess, bias, along_heads, excess_heads) in enumerate(
+                zip(*(values[index].tolist() for values in per_layer), strict=True)
+            ):
+                rows.append((sink.position, "mlp", layer, -1, mlp, mlp_excess))
+                rows.append((sink.position, "attention bias", layer, -1, bias, math.nan))
+                rows += [
+                    (sink.position, "head", layer, head, *values)
+                    for head, values in enumerate(zip(along_heads, excess_heads, strict=True))
+                ]
+        return pd.DataFrame(rows, columns=["position", "part", "layer", "head", "along", "excess"])
+
+    def ablations_frame(self) -> pd.DataFrame:
+        """For each sink one row without an edit, and one for each block that was zeroed."""
+        import pandas as pd
+
+        return pd.DataFrame(self.ablations, columns=BlockAblation._fields)
+
+    def shares(
+        self, written: Float[Tensor, " sink layer *head"]
+    ) -> Float[Tensor, " sink layer *head"]:
+        """Writes over the length of each sink after its last layer, beyond ordinary tokens; NaN for
+        a token that is not a sink, of whose length next to nothing may be there."""
+        last = [sink.last_layer for sink in self.sinks]
+        chosen = torch.tensor([sink.kind == "chosen" for sink in self.sinks])
+        whole = self.write.excess_projection[torch.arange(len(last)), last]
+        return written / whole.masked_fill(chosen, math.nan).reshape(-1, *[1] * (written.ndim - 1))
 
 
 def _direction_layer(direction: str | int, sink: Sink, n_layers: int) -> int:
@@ -169,30 +315,29 @@ def _direction_layer(direction: str | int, sink: Sink, n_layers: int) -> int:
 
 
 def _writes(
-    model: Any,
-    clean: CleanRun,
+    model: Model,
+    sink_map: SinkMap,
     chosen: Sequence[Sink],
-    directions: Float[Tensor, "sink d_model"],
+    directions: Float[Tensor, " sink d_model"],
     fwd_hooks: Sequence[UserHook],
 ) -> tuple[DirectWrite, DirectWrite, HeadWrite]:
     """What everything writes at the sinks' tokens, what blocks write at the primary's along the
     same directions, and what heads write at the sinks'."""
     positions = [sink.position for sink in chosen]
-    at_primary = Projections(
-        [clean.sink_map.primary_position] * len(chosen), directions, clean.ordinary
-    )
+    ordinary = ordinary_tokens(sink_map)
+    at_primary = Projections([sink_map.primary_position] * len(chosen), directions, ordinary)
     at_primary.name = "primary"
     collectors: list[Collector] = [
-        Projections(positions, directions, clean.ordinary),
+        Projections(positions, directions, ordinary),
         at_primary,
-        _Heads(positions, directions, clean.ordinary, lambda layer: output_weights(model, layer)),
+        _Heads(positions, directions, ordinary, lambda layer: output_weights(model, layer)),
     ]
-    found = cast(Trace, trace(model, clean.tokens, collectors, fwd_hooks=fwd_hooks))
-    heads, dtype = found["_Heads"]
+    writes = trace_tokens(model, sink_map.array("tokens"), collectors, fwd_hooks=fwd_hooks)
+    heads, dtype = writes["_Heads"]
     check_head_sum(model, heads.error, dtype)
     return (
-        checked_write(model, found["Projections"]),
-        checked_write(model, found["primary"]),
+        checked_write(model, writes["Projections"]),
+        checked_write(model, writes["primary"]),
         heads,
     )
 
@@ -205,18 +350,18 @@ class _Heads(Collector):
     def __init__(
         self,
         positions: Sequence[int],
-        directions: Float[Tensor, "sink d_model"],
-        ordinary: Bool[Tensor, "token"],
+        directions: Float[Tensor, " sink d_model"],
+        ordinary: Bool[Tensor, " token"],
         weights: Callable[[int], OutputWeights],
     ):
+        self._weights = weights
         self._positions = list(positions)
         self._directions = directions
         self._ordinary = ordinary
-        self._weights = weights
 
     def start(self, run: Run) -> None:
         shape = (len(self._positions), run.n_layers)
-        self._own = torch.zeros(*shape, run.n_heads)
+        self._at_sinks = torch.zeros(*shape, run.n_heads)
         self._mean = torch.zeros(*shape, run.n_heads)
         self._bias = torch.zeros(shape)
         self._error = 0.0
@@ -233,154 +378,11 @@ class _Heads(Collector):
         self._error = max(self._error, error)
         read, bias = weights.along(self._directions.to(z.device))
         scaled = z * scale[:, None, None]
-        ordinary = scaled[self._ordinary.to(z.device)].mean(dim=0)
-        self._own[:, layer] = (scaled[self._positions] * read).sum(dim=-1).cpu()
-        self._mean[:, layer] = (ordinary * read).sum(dim=-1).cpu()
+        mean = scaled[self._ordinary.to(z.device)].mean(dim=0)
+        at_sinks = einsum(scaled[self._positions], read, "sink head d, sink head d -> sink head")
+        self._at_sinks[:, layer] = at_sinks.cpu()
+        self._mean[:, layer] = einsum(mean, read, "head d, sink head d -> sink head").cpu()
         self._bias[:, layer] = (scale[self._positions] * bias).cpu()
 
     def result(self) -> tuple[HeadWrite, torch.dtype]:
-        return HeadWrite(self._own, self._bias, self._mean, self._error), self._dtype
-
-
-def _rotation(
-    clean: CleanRun, directions: Float[Tensor, "sink d_model"]
-) -> Float[Tensor, "sink layer"]:
-    return directions @ sink_directions(clean, range(len(clean.primary))).T
-
-
-class _Test:
-    """The rows of one sink: unedited, without its candidates, and without each control."""
-
-    def __init__(
-        self,
-        index: int,
-        sink: Sink,
-        sinks: SinkMap,
-        write: DirectWrite,
-        heads: HeadWrite,
-        *,
-        run: bool,
-    ):
-        self.sink, self.index = sink, index
-        self.ranking = rank(
-            write.excess[index],
-            write.attention_excess[index],
-            write.excess_projection[index],
-            sink.layers[-1],
-        )
-        self.phase = next((p for p in sinks.phases if p[0] <= sink.l_start < p[1]), None)
-        self.candidates = self.ranking[:1]
-        if self.ranking and self.ranking[0].block.kind == "attention":
-            first = self.ranking[0]
-            head = main_head(heads.excess[index, first.block.layer], first.length)
-            if head is not None:
-                named = head._replace(block=head.block._replace(layer=first.block.layer))
-                self.candidates = [named, first]
-        self.rows: list[Row] = []
-        self.removed: list[BlockRemoved] = []
-        self.lifetime, self.left = -1, float("nan")
-        self._blocks = [one.block for one in self.candidates]
-        if run and self.candidates and self.phase is not None:
-            self._plan()
-
-    def _plan(self) -> None:
-        last = max(one.block.layer for one in self.ranking)
-        self._blocks += [
-            block
-            for layer in range(self.sink.l_start + 1, last + 1)
-            for block in (Block("attention", layer), Block("mlp", layer))
-            if block not in self._blocks
-        ]
-        unedited = Intervention("mlp_out", self.sink.l_start, self.sink.position, Scale(1.0))
-        self.rows = [(unedited,), *((_zeroed(b, self.sink.position),) for b in self._blocks)]
-
-    def kept(self, clean: CleanRun) -> CleanRun:
-        """The clean run with the sink direction kept after the sink's last layer.
-
-        The primary may lose its length where the sink does, and no residual is aligned with it
-        afterwards; whether the sink itself would have gone on must not hang on that.
-        """
-        last = self.sink.layers[-1]
-        primary = clean.primary.clone()
-        primary[last + 1 :] = clean.common[last + 1 :] + clean.primary[last] - clean.common[last]
-        start, _ = cast(tuple[int, int], self.phase)
-        phases = ((start, len(primary)),)
-        return dataclasses.replace(
-            clean,
-            primary=primary,
-            sinks=dataclasses.replace(clean.sink_map, phases=phases),
-            # A pass that begins later would take what was measured against the primary before it.
-            begin_by=last + 1,
-        )
-
-    def take(self, is_sink: Bool[Tensor, "row layer"], length: Float[Tensor, "row layer"]) -> None:
-        """Read what became of the rows."""
-        after = self.candidates[0].block.layer
-        left = length[:, after] / length[0, self.sink.layers[-1]]
-        lives = [leading_life(row, self.sink.l_start) for row in is_sink]
-        self.lifetime, self.left = lives[0], float(left[0])
-        n_candidates = len(self.candidates)
-        self.removed = [
-            BlockRemoved(
-                sink=self.index,
-                block=str(block),
-                role="candidate" if number < n_candidates else "control",
-                lifetime=lives[1 + number],
-                left=float(left[1 + number]),
-            )
-            for number, block in enumerate(self._blocks)
-        ]
-
-    def verdict(self, write: DirectWrite, primary: DirectWrite) -> EraserVerdict:
-        """What the tests say: of a main head if it passes them, else of the block."""
-        last = self.sink.layers[-1]
-        found = [
-            judge(
-                candidate,
-                self.ranking[1:],
-                whole=float(write.excess_projection[self.index, last]),
-                primary_share=_primary_share(primary, self.index, candidate.block, last),
-                removed=self.removed,
-                lifetime=self.lifetime,
-                left=self.left,
-            )
-            for candidate in self.candidates
-        ]
-        return next((one for one in found if one.eraser), found[-1] if found else no_eraser())
-
-
-def _primary_share(primary: DirectWrite, index: int, block: Block, last: int) -> float:
-    written = primary.excess if block.kind == "mlp" else primary.attention_excess
-    return -float(written[index, block.layer] / primary.excess_projection[index, last])
-
-
-def _zeroed(block: Block, position: int) -> Intervention:
-    if block.kind == "head":
-        return Intervention("z", block.layer, position, Zero(), head=block.head)
-    site: EditSite = "mlp_out" if block.kind == "mlp" else "attn_out"
-    return Intervention(site, block.layer, position, Zero())
-
-
-def _groups(tests: Sequence[_Test]) -> list[list[_Test]]:
-    """Those whose rows are measured against the same direction."""
-    groups: dict[tuple[Any, int], list[_Test]] = defaultdict(list)
-    for test in tests:
-        groups[test.phase, test.sink.layers[-1]].append(test)
-    return list(groups.values())
-
-
-def _decomposed(
-    test: _Test, layer: int, write: DirectWrite, primary: DirectWrite
-) -> DecomposedSink:
-    sink = test.sink
-    return DecomposedSink(
-        position=sink.position,
-        token=sink.token,
-        token_id=sink.token_id,
-        kind=sink.kind,
-        onset=sink.l_start,
-        lifetime=sink.lifetime,
-        last_layer=sink.layers[-1],
-        direction_layer=layer,
-        verdict=test.verdict(write, primary),
-    )
+        return HeadWrite(self._at_sinks, self._bias, self._mean, self._error), self._dtype
