@@ -39,7 +39,11 @@ from secondary_sinks.host.attention_replaced import (
 )
 from secondary_sinks.host.forward import Observer, forward
 from secondary_sinks.host.identity import hooks_aside
-from secondary_sinks.host.memory import is_out_of_memory
+from secondary_sinks.host.memory import (
+    MEMORY_BUDGET,
+    eager_attention_bytes,
+    is_out_of_memory,
+)
 from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.sites import Site
@@ -52,7 +56,6 @@ from secondary_sinks.observe.streaming_attention import StreamingAttention
 
 _TESTED = 64  # tokens of the first comparison
 _BEYOND = 48  # tokens beyond the longest window that the text exceeds, in later comparisons
-_EAGER_BUDGET = 1 << 30  # bytes that the eager half of a comparison may take
 _COMPARED = 16  # last tokens, whose residuals are compared: they depend on all others
 _LAST = 8  # last queries that are computed densely
 _FAILURES = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -88,16 +91,12 @@ def check_streaming(model: Any, tokens: Int[Tensor, " token"]) -> StreamingCheck
     if longest not in checks:
         n_tokens = min(len(tokens), max(_TESTED, longest + _BEYOND))
         with hooks_aside(model):
-            if not exceeded or _eager_bytes(model, n_tokens) <= _EAGER_BUDGET:
+            # The eager half of a comparison is a pass over two texts.
+            if not exceeded or 2 * eager_attention_bytes(model, n_tokens) <= MEMORY_BUDGET:
                 checks[longest] = _compare(model, tokens[:n_tokens])
             else:
                 checks[longest] = _compare_parts(model, tokens[:n_tokens], exceeded)
     return checks[longest]
-
-
-def _eager_bytes(model: Any, n_tokens: int) -> int:
-    """Memory of the eager half: two texts, about five float32 copies of a layer's scores."""
-    return 2 * 20 * int(model.cfg.n_heads) * n_tokens**2
 
 
 def _compare_parts(model: Any, tokens: Tensor, widths: set[int]) -> StreamingCheck:

@@ -86,7 +86,7 @@ def test_bad_input(llama, tiny):
         ss.mean_activations(model, sink_map, ["pattern"])
     with pytest.raises(ss.InputError, match="expected sink maps, got Tensor"):
         ss.mean_activations(model, sink_map.tokens)
-    with pytest.raises(ss.InputError, match="expected sink maps, got list"):
+    with pytest.raises(ss.InputError, match="expected sink maps, got none"):
         ss.mean_activations(model, [])
     with pytest.raises(ss.InputError, match="measured in"):
         ss.mean_activations(tiny("gpt2"), sink_map)

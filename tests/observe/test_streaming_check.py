@@ -26,7 +26,7 @@ WINDOWED = {
 def no_budget(monkeypatch):
     """Windows are shorter than the first comparison, and nothing longer may be run eagerly."""
     monkeypatch.setattr(streaming_check, "_TESTED", WINDOW // 2)
-    monkeypatch.setattr(streaming_check, "_EAGER_BUDGET", 0)
+    monkeypatch.setattr(streaming_check, "MEMORY_BUDGET", 0)
 
 
 @pytest.fixture
