@@ -183,9 +183,9 @@ def test_other_hooks_than_those_of_the_map_are_refused(make_tiny, tokens_of):
     hooks = [("blocks.0.hook_mlp_out", lambda value, hook: value * 0.5)]
     plain = ss.detect_sinks(model, tokens_of(N))
     hooked = ss.detect_sinks(model, tokens_of(N), fwd_hooks=hooks)
-    with pytest.raises(ss.InputError, match=r"no hook point.*blocks\.0\.hook_mlp_out"):
+    with pytest.raises(ss.InputError, match=r"no hook point.*blocks\.0\.mlp\.hook_out"):
         ss.counterfactuals(model, plain, ROW, fwd_hooks=hooks)
-    with pytest.raises(ss.InputError, match=r"blocks\.0\.hook_mlp_out.*no hook point"):
+    with pytest.raises(ss.InputError, match=r"blocks\.0\.mlp\.hook_out.*no hook point"):
         ss.counterfactuals(model, hooked, ROW)
     elsewhere = [("blocks.1.hook_mlp_out", hooks[0][1])]
     with pytest.raises(ss.InputError, match="pass the same fwd_hooks"):
