@@ -2,12 +2,12 @@
 
 from .analyses.attribute_to_mlps import MlpAttribution as MlpAttribution
 from .analyses.attribute_to_mlps import attribute_to_mlps as attribute_to_mlps
-from .analyses.decomposition.decomposition_result import SinkDecomposition as SinkDecomposition
+from .analyses.decomposition.sink_decomposition import SinkDecomposition as SinkDecomposition
 from .analyses.decomposition.sink_decomposition import sink_decomposition as sink_decomposition
 from .analyses.dose_response import DoseResponse as DoseResponse
 from .analyses.dose_response import dose_response as dose_response
-from .analyses.heads.head_reads import head_reads as head_reads
-from .analyses.heads.head_reads_result import HeadReads as HeadReads
+from .analyses.head_reads import HeadReads as HeadReads
+from .analyses.head_reads import head_reads as head_reads
 from .analyses.mlp_response import MlpResponse as MlpResponse
 from .analyses.mlp_response import mlp_response as mlp_response
 from .analyses.mlp_stage_alignment import MlpStages as MlpStages

@@ -58,7 +58,8 @@ def bootstrap_interval(values: Float[Tensor, " example"], *, seed: int = 0) -> t
     sample and is not evidence that the population does not vary.
     """
     if len(values) < 2:
-        return (float(values[0]),) * 2 if len(values) else (math.nan, math.nan)
+        only = float(values[0]) if len(values) else math.nan
+        return only, only
     interval = stats.bootstrap(
         (values.double().numpy(),),
         np.mean,
@@ -117,11 +118,13 @@ def sign_flip_p_value(
         raise InputError(f"no alternative {alternative!r}; use 'two-sided', 'greater' or 'less'")
     if len(differences) == 0:
         return math.nan
+    # scipy takes infinity for "all of them", which its types do not say.
+    n_resamples: Any = np.inf if len(differences) <= MAX_EXACT_PAIRS else N_PERMUTATIONS
     result = stats.permutation_test(
         (differences.double().numpy(),),
         np.mean,
         permutation_type="samples",
-        n_resamples=np.inf if len(differences) <= MAX_EXACT_PAIRS else N_PERMUTATIONS,
+        n_resamples=n_resamples,
         alternative=alternative,
         rng=np.random.default_rng(seed),
     )

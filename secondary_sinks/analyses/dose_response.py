@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,7 @@ from secondary_sinks.intervene.edits import Scale
 from secondary_sinks.intervene.engine import Method
 from secondary_sinks.intervene.interventions import Intervention
 from secondary_sinks.observe.collectors import Norms
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.selection import check_map
 from secondary_sinks.sinks.sink import Kind, Sink
@@ -102,7 +102,7 @@ def dose_response(
     interventions = [Intervention("mlp_out", layer, position, Scale(dose)) for dose in doses]
     rows = run(interventions, method=method)
     tokens, collectors = sink_map.array("tokens"), [Norms("mlp_out", "mlp")]
-    clean = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
+    clean = trace_tokens(model, tokens, collectors, fwd_hooks=fwd_hooks)
     dose_tensor = torch.tensor(doses)
     written_norm = dose_tensor.abs() * clean["mlp"][layer, position]
     measured = target.measure(rows, torch.arange(len(rows)))

@@ -312,7 +312,8 @@ class HeadReads(Result):
             "entropy": self.entropy,
         }
         kinds: list[Kind] = ["primary", "secondary"]
-        kinds += ["chosen"] * any(sink.kind == "chosen" for sink in self.sinks)
+        if any(sink.kind == "chosen" for sink in self.sinks):
+            kinds.append("chosen")
         for kind, name in itertools.product(kinds, FACTORS):
             columns[f"{kind}_{name}"] = self.of_kind(getattr(self.sink, name), kind)
             columns[f"{kind}_{name}_ordinary"] = self.of_kind(getattr(self.ordinary, name), kind)

@@ -301,7 +301,9 @@ def _read(
         if not sinks:
             continue
         targets = [Target.of(sink_map, sink, n_controls=n_controls, seed=seed) for sink in sinks]
-        kind_at = {sink.position: sink.kind for sink in sinks}
+        kind_at: dict[int, Kind | Literal["ordinary"]] = {
+            sink.position: sink.kind for sink in sinks
+        }
         matched = {position for target in targets for position in target.matched}
         at = {layer: [*sorted(kind_at), *sorted(matched)]}
         record = record_mlps(model, sink_map, at, fwd_hooks=fwd_hooks)[layer]

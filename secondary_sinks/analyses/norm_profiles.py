@@ -22,7 +22,7 @@ from torch import Tensor
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.observe.collectors import Norms, ResidualNorms
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.controls import ordinary_tokens
 from secondary_sinks.sinks.selection import check_map
@@ -77,7 +77,7 @@ def norm_profiles(
     chosen = [] if nothing_else else sink_map.select(sinks)
     collectors = [Norms("k"), Norms("v"), ResidualNorms()]
     tokens = sink_map.array("tokens")
-    norms = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
+    norms = trace_tokens(model, tokens, collectors, fwd_hooks=fwd_hooks)
     return NormProfiles(
         primary_position=sink_map.primary_position,
         primary_token=sink_map.token_strings[sink_map.primary_position],

@@ -35,7 +35,7 @@ from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.host.sites import Site, missing_sites
 from secondary_sinks.observe.collectors import ChosenVectors
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.controls import matched_controls, nearest_same_tokens
 from secondary_sinks.sinks.distinct_sinks import (
@@ -142,13 +142,13 @@ def separability(
         if tokens:
             collector = ChosenVectors([position for position, _ in tokens], sites)
             ids = sink_map.array("tokens")
-            result = cast(Trace, trace(model, ids, [collector], fwd_hooks=fwd_hooks))
+            result = trace_tokens(model, ids, [collector], fwd_hooks=fwd_hooks)
             for site in sites:
                 parts[site].append(result["ChosenVectors"][site][: onset + 1])
     vectors = {site: torch.cat(part, dim=1) for site, part in parts.items()}
     rows = [(text, *token) for text, tokens in enumerate(chosen) for token in tokens]
     text, position, kind = torch.tensor(rows).T
-    contrasts = {
+    contrasts: dict[ContrastName, Contrast] = {
         name: contrast_of(
             vectors,
             kind,
@@ -426,7 +426,7 @@ def _reduced(x: Any, train: Any) -> Any:
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(x[train])
-    scaled = scaler.transform(x)
+    scaled = np.asarray(scaler.transform(x))
     _, size, axes = np.linalg.svd(scaled[train], full_matrices=False)
     return scaled @ axes[size > 1e-9 * max(float(size.max(initial=0.0)), 1e-30)].T
 
@@ -494,7 +494,7 @@ def _clusters(x: Any, label: Any, *, seed: int) -> dict[str, float]:
     n_sinks = int(label.sum())
     if min(n_sinks, len(label) - n_sinks) < 2 or len(np.unique(x, axis=0)) < 2:
         return {"rand": math.nan, "silhouette": math.nan}
-    clusters = KMeans(2, n_init=5, random_state=seed).fit_predict(x)
+    clusters = KMeans(2, n_init=5, random_state=seed)  # pyright: ignore[reportArgumentType].fit_predict(x)
     return {
         "rand": float(adjusted_rand_score(label, clusters)),
         "silhouette": float(silhouette_score(x, label)),

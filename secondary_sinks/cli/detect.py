@@ -165,13 +165,14 @@ def detect_all(
     from rich.progress import track
 
     from secondary_sinks.sinks.detect_sinks import detect_sinks
+    from secondary_sinks.sinks.selection import listed
 
     batches = [sources[i : i + batch_size] for i in range(0, len(sources), batch_size)]
     hidden = len(batches) == 1 or not err_console().is_terminal
     for batch in track(batches, "detecting sinks", console=err_console(), disable=hidden):
         try:
             inputs = [as_model_input(model, source, chat=chat) for source in batch]
-            maps = detect_sinks(
+            maps: SinkMap | list[SinkMap] = detect_sinks(
                 model,
                 [text for text, _ in inputs],
                 chat=chat,
@@ -184,7 +185,7 @@ def detect_all(
                 raise
             names = dict.fromkeys((batch[0].name, batch[-1].name))
             raise InputError(f"{' to '.join(names)}: {error}") from error
-        for source, sink_map, (_, length) in zip(batch, maps, inputs, strict=True):
+        for source, sink_map, (_, length) in zip(batch, listed(maps), inputs, strict=True):
             if folder is not None:
                 write_map(folder, source.name, sink_map)
             yield source, sink_map, length

@@ -194,7 +194,7 @@ def _final_norm_hook(model: Any, hook: Callable[[Tensor], Tensor | None]) -> Any
     module = getattr(model, "ln_final", None)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{name_of(model)!r} has no final norm (ln_final)")
-    return module.register_forward_hook(lambda _module, _inputs, output: hook(output))
+    return module.register_forward_hook(lambda *arguments: hook(arguments[2]))
 
 
 def _module_hook(
@@ -203,7 +203,7 @@ def _module_hook(
     hook: Callable[[Tensor], Tensor | None],
 ) -> Any:
     if end == "output":
-        return module.register_forward_hook(lambda _module, _inputs, output: hook(output))
+        return module.register_forward_hook(lambda *arguments: hook(arguments[2]))
 
     def before(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         new = hook(inputs[0])

@@ -175,7 +175,7 @@ def _weights(module: Any) -> _Weights:
     inner = getattr(module, "original_component", None) or module
     names = ("act_fn", "activation_fn", "act", "activation")
     functions = (getattr(inner, name, None) for name in names)
-    activation = next((function for function in functions if callable(function)), None)
+    activation: Any = next((function for function in functions if callable(function)), None)
     b_in, b_out = _tensor(module, "b_in"), _tensor(module, "b_out")
     if w_gate is None:
         return _Weights("plain", {"pre": (w_in, b_in)}, w_out, b_out, activation)
@@ -244,6 +244,7 @@ def _examine(model: Any, layer: int, weights: _Weights) -> _Surroundings:
     }
     # Parallel blocks share one norm or have one each; some models have none before the MLP.
     norms = [_norm_map(model, block, name, like=inputs) for name in ("ln2", "ln1", None)]
+    reads: Literal["resid_mid", "resid_pre"]
     before, reads = min(
         ((norm, name) for name in residuals for norm in norms if norm is not None),
         key=lambda pair: pair[0].error(residuals[pair[1]], inputs),

@@ -22,10 +22,12 @@ class Model(Protocol):
     @property
     def cfg(self) -> Any:
         """Configuration: depth, width, heads, name."""
+        ...
 
     @property
     def hook_dict(self) -> Mapping[str, Any]:
         """Hook points by name."""
+        ...
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass with temporary hooks."""
@@ -35,3 +37,4 @@ class Model(Protocol):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The weights."""
+        ...

@@ -193,7 +193,7 @@ def _find_plan(model: Any) -> QueryKeyPlan:
     n_heads = int(model.cfg.n_heads)
     declared = max(0.0, float(getattr(model.cfg, "attn_scores_soft_cap", None) or 0))
     ways: list[tuple[Rotation, Pairing]] = [("read", ""), ("none", "")]
-    ways += [("computed", pairing) for pairing in PAIRINGS]
+    ways.extend(("computed", pairing) for pairing in PAIRINGS)
     # A cap that the model declares comes first: where logits are small it changes little, and both
     # would fit.
     for (rotation, pairing), cap in itertools.product(ways, dict.fromkeys((declared, 0.0))):

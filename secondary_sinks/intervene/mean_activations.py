@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,7 +17,7 @@ from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.intervene.edits import Replace
 from secondary_sinks.intervene.interventions import SITES
 from secondary_sinks.observe.collectors import Collector, Run
-from secondary_sinks.observe.trace import Trace, trace
+from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result, counted
 from secondary_sinks.sinks.controls import ordinary_tokens
 from secondary_sinks.sinks.selection import check_maps
@@ -73,7 +73,7 @@ def mean_activations(
         ordinary[0] = False
         collectors = [_Sums(site, ordinary) for site in sites]
         tokens = sink_map.array("tokens")
-        sums = cast(Trace, trace(model, tokens, collectors, fwd_hooks=fwd_hooks))
+        sums = trace_tokens(model, tokens, collectors, fwd_hooks=fwd_hooks)
         for site in sites:
             total[site] = total.get(site, torch.zeros(())) + sums[site]
         n_tokens += int(ordinary.sum())

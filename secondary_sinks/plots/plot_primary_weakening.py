@@ -7,9 +7,9 @@ removals were given, the change of the primary's score by layer without the seco
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -77,7 +77,7 @@ def _draw_lines(axes: Axes, bar: Axes, weakening: PrimaryWeakening, strength: St
     axes.set_title("each text, mean over heads", fontsize=SMALL)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.figure.colorbar(matplotlib.cm.ScalarMappable(scale, colors), cax=bar)
+    axes.figure.colorbar(ScalarMappable(scale, colors), cax=bar)
     bar.yaxis.set_major_locator(MaxNLocator(4, integer=strength == "number"))
     bar.set_ylabel(_NAMES[strength], fontsize=SMALL)
 
