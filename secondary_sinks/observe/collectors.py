@@ -21,7 +21,7 @@ A site is read in every layer. TransformerLens' name of one layer's hook reads t
 with `sites = ("blocks.5.hook_mlp_out",)` the only call is `update("mlp_out", 5, activation)`.
 
 `update` must not change the activation, nor keep it: all those of a 0.5B model at 500 tokens are
-4 GB. What is kept goes to the CPU in float32.
+4 GB. Results belong on the CPU, in float32.
 """
 
 from __future__ import annotations

@@ -81,5 +81,5 @@ def test_a_divided_model_gives_the_same_numbers(hf_model, tiny, tokens_of, tmp_p
 @pytest.mark.parametrize("wanted", [{"device": "cpu"}, {"dtype": torch.bfloat16}])
 def test_a_divided_model_is_not_moved(hf_model, tiny, tmp_path, wanted):
     hf = divided(hf_model("llama"), PLACES["two layers"], tmp_path)
-    with pytest.raises(ss.ModelError, match=r"divided over cpu, disk.*leave device and dtype out"):
+    with pytest.raises(ss.ModelError, match=r"divided over cpu, disk.*Leave out device and dtype"):
         ss.load_model(hf, tokenizer=tiny("llama").tokenizer, progress=False, **wanted)

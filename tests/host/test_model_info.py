@@ -49,7 +49,7 @@ def test_models_that_look_both_ways_are_refused(tiny, config, model):
 
 
 def times_that_the_bias_is_added(hf):
-    """As the first head's pattern tells where all products of queries and keys are 0."""
+    """Read from the first head's pattern where all products of queries and keys are 0."""
     hf.transformer.h[0].self_attention.query_key_value.weight.data.zero_()
     with torch.no_grad():
         pattern = hf(torch.arange(8)[None], output_attentions=True).attentions[0][0, 0, -1]
@@ -58,14 +58,14 @@ def times_that_the_bias_is_added(hf):
 
 
 @pytest.mark.parametrize("alibi", [True, False])
-def test_a_position_bias_that_is_added_twice_is_told(tiny, alibi):
+def test_a_position_bias_that_is_added_twice_gives_a_warning(tiny, alibi):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
     hf = transformers.FalconForCausalLM(transformers.FalconConfig(alibi=alibi, **sizes)).eval()
     hf.config._attn_implementation = "eager"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ss.load_model(hf, tokenizer=tiny("llama").tokenizer)
-    told = any("added twice" in str(one.message) for one in caught)
+    warned = any("adds the position bias twice" in str(warning.message) for warning in caught)
     assert hf.config._attn_implementation == "eager"
     again = transformers.FalconForCausalLM(hf.config).eval()
-    assert told == (alibi and times_that_the_bias_is_added(again) == pytest.approx(2, rel=0.02))
+    assert warned == (alibi and times_that_the_bias_is_added(again) == pytest.approx(2, rel=0.02))

@@ -30,14 +30,18 @@ class Pattern(ss.Collector):
 
 
 def test_entropy_is_that_of_the_pattern(tiny, family, tokens_of):
-    seen = ss.trace(tiny(family), tokens_of(N), [Pattern(), ss.AttentionEntropy()])
-    pattern, found = seen["Pattern"].double(), seen["AttentionEntropy"]
+    trace_result = ss.trace(tiny(family), tokens_of(N), [Pattern(), ss.AttentionEntropy()])
+    pattern, entropies = trace_result["Pattern"].double(), trace_result["AttentionEntropy"]
     weight = pattern / pattern.sum(dim=-1, keepdim=True)
     entropy = torch.distributions.Categorical(probs=weight).entropy()
-    torch.testing.assert_close(found.by_head.double(), entropy.mean(dim=2), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.by_query.double(), entropy.mean(dim=1), atol=1e-4, rtol=1e-4)
-    assert torch.isnan(found.normalized_by_query[:, 0]).all()
-    known = found.normalized_by_query[:, 1:]
+    torch.testing.assert_close(
+        entropies.by_head.double(), entropy.mean(dim=2), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        entropies.by_query.double(), entropy.mean(dim=1), atol=1e-4, rtol=1e-4
+    )
+    assert torch.isnan(entropies.normalized_by_query[:, 0]).all()
+    known = entropies.normalized_by_query[:, 1:]
     assert ((known >= 0) & (known <= 1 + 1e-5)).all()
 
 
@@ -66,10 +70,10 @@ def test_learned_logits_that_take_nearly_all(make_tiny, tokens_of):
     logits = model.blocks[1].attn.original_component.sinks
     with torch.no_grad():
         logits[:] = torch.tensor([0.0, 1.0, 2.0, 30.0])
-    found = both_ways(model, tokens)
-    torch.testing.assert_close(found.by_head[1, :3], plain.by_head[1, :3], rtol=1e-3, atol=1e-3)
-    assert torch.isnan(found.by_head[1, 3])
-    assert not torch.isnan(found.by_query).any()
+    entropies = both_ways(model, tokens)
+    torch.testing.assert_close(entropies.by_head[1, :3], plain.by_head[1, :3], rtol=1e-3, atol=1e-3)
+    assert torch.isnan(entropies.by_head[1, 3])
+    assert not torch.isnan(entropies.by_query).any()
 
 
 def test_extremes():
@@ -82,10 +86,10 @@ def test_extremes():
     uniform, window = (part / part.sum(-1, keepdim=True) for part in (uniform, window))
     collector.update("attention", 0, columns(one, uniform))
     collector.update("attention", 1, columns(window, window))
-    found = collector.result()
-    torch.testing.assert_close(found.normalized_by_head[0], torch.tensor([0.0, 1.0]))
-    torch.testing.assert_close(found.normalized_by_head[1], torch.ones(2))
-    torch.testing.assert_close(found.by_query[1, -1], torch.tensor(3.0).log())
+    entropies = collector.result()
+    torch.testing.assert_close(entropies.normalized_by_head[0], torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(entropies.normalized_by_head[1], torch.ones(2))
+    torch.testing.assert_close(entropies.by_query[1, -1], torch.tensor(3.0).log())
 
 
 def test_rows_that_leave_weight_out_are_normalized():

@@ -137,16 +137,16 @@ def test_a_hook_that_would_not_fire_is_never_ignored(
     with pytest.raises(ss.ModelError, match=r"cannot be streamed here: .*does not fire"):
         ss.trace(model, tokens, [ss.SinkScores()], attention="streaming", **arguments)
     calls.clear()
-    seen = ss.trace(model, tokens, [ss.SinkScores()], **arguments)
-    assert seen.attention == "eager"
+    trace_result = ss.trace(model, tokens, [ss.SinkScores()], **arguments)
+    assert trace_result.attention == "eager"
     assert any("attn.hook" in name for name in calls)
 
 
 def test_a_collector_of_patterns_gets_them(tiny, tokens_of, long_texts):
     model, tokens = tiny("qwen2"), tokens_of(LONG)
-    seen = ss.trace(model, tokens, [Pattern(), ss.SinkScores()])
-    assert seen.attention == "eager"
-    assert seen["Pattern"] == (4, LONG, LONG)
+    trace_result = ss.trace(model, tokens, [Pattern(), ss.SinkScores()])
+    assert trace_result.attention == "eager"
+    assert trace_result["Pattern"] == (4, LONG, LONG)
     with pytest.raises(ss.ModelError, match="'pattern' is requested"):
         ss.trace(model, tokens, [Pattern()], attention="streaming")
     handle = model.blocks[0].attn.register_forward_hook(lambda *_: None)
@@ -328,8 +328,8 @@ def test_one_pass_a_text_after_the_first_comparison(make_tiny, tokens_of):
 
 
 def test_the_way_is_saved_with_the_trace(tiny, tokens_of, tmp_path):
-    seen = ss.trace(tiny("llama"), tokens_of(N), [ss.SinkScores()], attention="streaming")
-    assert ss.Trace.load(seen.save(tmp_path / "seen.safetensors")).attention == "streaming"
+    trace_result = ss.trace(tiny("llama"), tokens_of(N), [ss.SinkScores()], attention="streaming")
+    assert ss.Trace.load(trace_result.save(tmp_path / "trace.safetensors")).attention == "streaming"
 
 
 def test_planted_sinks_are_found_streaming():
@@ -339,8 +339,8 @@ def test_planted_sinks_are_found_streaming():
         ss.detect_sinks(model, tokens, attention=way) for way in ("streaming", "eager")
     )
     assert streamed.provenance.attention == "streaming"
-    found = [[(s.position, s.kind, s.layers) for s in m.sinks] for m in (streamed, eager)]
-    assert found[0] == found[1] != []
+    sinks = [[(s.position, s.kind, s.layers) for s in m.sinks] for m in (streamed, eager)]
+    assert sinks[0] == sinks[1] != []
 
 
 def test_whole_texts_are_the_same_streamed(tiny, tokens_of, small_blocks):
@@ -352,11 +352,11 @@ def test_whole_texts_are_the_same_streamed(tiny, tokens_of, small_blocks):
         [ss.Intervention("mlp_out", 1, 3, ss.Zero()), ss.Intervention("z", 2, 5, ss.Scale(2.0))],
         [ss.Intervention("k", 0, 0, ss.Zero())],
     ]
-    found = {}
+    states = {}
     for way in ("streaming", "eager"):
         state, rest = run_whole_texts(model, clean, texts, attention=way)
-        found[way] = [state, *rest]
-    for one, other in zip(*found.values(), strict=True):
+        states[way] = [state, *rest]
+    for one, other in zip(*states.values(), strict=True):
         for name in ("sink_score", "norm", "alignment", "centered_norm", "centered_alignment"):
             torch.testing.assert_close(
                 getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-5, equal_nan=True
@@ -376,9 +376,9 @@ def test_the_oracle_and_rows_stream_long_texts(tiny, tokens_of, small_blocks, mo
     heads = model.cfg.n_heads
     assert (2, heads, LONG, LONG) not in operations.shapes
     for name in ("norm", "alignment", "direct_score"):
-        for found in (streamed, cached):
+        for rows_of_engine in (streamed, cached):
             torch.testing.assert_close(
-                getattr(found, name), getattr(eager, name), rtol=1e-4, atol=1e-5
+                getattr(rows_of_engine, name), getattr(eager, name), rtol=1e-4, atol=1e-5
             )
     torch.testing.assert_close(
         streamed.totals.sink_score, eager.totals.sink_score, rtol=1e-4, atol=1e-5, equal_nan=True
@@ -404,5 +404,5 @@ def test_half_precision(make_tiny, tokens_of, dtype, kind):
         for way in ("streaming", "eager")
     }
     torch.testing.assert_close(score["streaming"], exact, rtol=0.05, atol=0.02)
-    error = {way: (found - exact).abs().mean() for way, found in score.items()}
+    error = {way: (value - exact).abs().mean() for way, value in score.items()}
     assert error["streaming"] < 1.2 * error["eager"]

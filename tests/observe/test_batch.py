@@ -45,9 +45,9 @@ def tokens_run(model, texts, batch_size):
         ),
         with_kwargs=True,
     )
-    found = ss.trace(model, texts, [ss.ResidualNorms()], batch_size=batch_size, progress=False)
+    traces = ss.trace(model, texts, [ss.ResidualNorms()], batch_size=batch_size, progress=False)
     handle.remove()
-    return shapes, found
+    return shapes, traces
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
@@ -56,13 +56,13 @@ def test_short_and_long_texts_do_not_share_a_pass(make_tiny, tokens_of, batch_si
     ss.trace(model, tokens_of(9), [ss.ResidualNorms()])  # with the checks of a first use
     lengths = [5, 110, 6, 6, 100, 5, 7, 6]
     texts = [tokens_of(n, seed=index) for index, n in enumerate(lengths)]
-    shapes, found = tokens_run(model, texts, batch_size)
+    shapes, traces = tokens_run(model, texts, batch_size)
     n_run = sum(rows * length for rows, length in shapes)
     assert sum(lengths) <= n_run <= sum(lengths) / (1 - MOST_PADDING)
     assert len(shapes) == {1: 8, 2: 4, 16: 2}[batch_size]
     assert max(rows for rows, _ in shapes) <= batch_size
     # In the order of the texts, with the numbers of each alone.
-    for text, one in zip(texts, found, strict=True):
-        assert torch.equal(one.tokens, text)
+    for text, in_batch in zip(texts, traces, strict=True):
+        assert torch.equal(in_batch.tokens, text)
         alone = ss.trace(model, text, [ss.ResidualNorms()])
-        torch.testing.assert_close(one["ResidualNorms"], alone["ResidualNorms"])
+        torch.testing.assert_close(in_batch["ResidualNorms"], alone["ResidualNorms"])

@@ -110,8 +110,8 @@ def test_another_rule_of_the_mask_is_noticed(windowed, tokens_of, monkeypatch, n
         return mask
 
     monkeypatch.setattr(streaming, "_mask_builder", every_other)
-    seen = ss.trace(model, tokens_of(N), [ss.SinkScores()])
-    assert seen.attention == "eager"
+    trace_result = ss.trace(model, tokens_of(N), [ss.SinkScores()])
+    assert trace_result.attention == "eager"
     with pytest.raises(ss.ModelError, match="no layer's mask has the window of 16 tokens"):
         ss.trace(model, tokens_of(N), [ss.SinkScores()], attention="streaming")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.host import sites as host
+from secondary_sinks.host import sites
 from secondary_sinks.host.forward import observe
 from secondary_sinks.host.identity import check_residual_identity
 from secondary_sinks.host.model_info import describe
@@ -32,18 +32,18 @@ class Pattern(ss.Collector):
 
 
 class Everything(ss.Collector):
-    """Counts what it is shown."""
+    """The calls of `update`."""
 
     sites = ("resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "final_norm")
 
     def start(self, run):
-        self.seen = []
+        self.calls = []
 
     def update(self, site, layer, activation):
-        self.seen.append((site, layer, tuple(activation.shape)))
+        self.calls.append((site, layer, tuple(activation.shape)))
 
     def result(self):
-        return self.seen
+        return self.calls
 
 
 def hidden_states(model, tokens):
@@ -53,7 +53,7 @@ def hidden_states(model, tokens):
 
 
 def test_scores_are_those_of_the_full_pattern(tiny, family, tokens_of):
-    seen = ss.trace(
+    trace_result = ss.trace(
         tiny(family),
         tokens_of(N),
         [
@@ -62,15 +62,15 @@ def test_scores_are_those_of_the_full_pattern(tiny, family, tokens_of):
             ss.SinkScores("gu", name="gu"),
         ],
     )
-    pattern = seen["Pattern"]
+    pattern = trace_result["Pattern"]
     later = torch.full((*pattern.shape[:2], N), torch.nan)
     gu = torch.zeros_like(later)
     for t in range(N):
         gu[:, :, t] = pattern[:, :, t:, t].mean(dim=2)
         if N - 1 - t >= 4:
             later[:, :, t] = pattern[:, :, t + 1 :, t].mean(dim=2)
-    torch.testing.assert_close(seen["SinkScores"], later, equal_nan=True)
-    torch.testing.assert_close(seen["gu"], gu)
+    torch.testing.assert_close(trace_result["SinkScores"], later, equal_nan=True)
+    torch.testing.assert_close(trace_result["gu"], gu)
     rows = pattern.sum(dim=-1)
     if family == "gpt-oss":  # its learned sink takes the rest
         assert (rows < 1 + 1e-6).all()
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_full_pattern(tiny, family, tokens_of):
 
 def test_residual_statistics_are_those_of_hugging_face(tiny, family, tokens_of):
     model, tokens = tiny(family), tokens_of(N)
-    seen = ss.trace(
+    trace_result = ss.trace(
         model,
         tokens,
         [
@@ -92,14 +92,14 @@ def test_residual_statistics_are_those_of_hugging_face(tiny, family, tokens_of):
         ],
     )
     hidden = hidden_states(model, tokens)
-    raw, hf = seen["ResidualGeometry"], seen["hf"]
-    torch.testing.assert_close(seen["ResidualNorms"][:-1], hidden[:-1].norm(dim=-1))
-    torch.testing.assert_close(raw.norm, seen["ResidualNorms"])
+    raw, hf = trace_result["ResidualGeometry"], trace_result["hf"]
+    torch.testing.assert_close(trace_result["ResidualNorms"][:-1], hidden[:-1].norm(dim=-1))
+    torch.testing.assert_close(raw.norm, trace_result["ResidualNorms"])
     torch.testing.assert_close(hf.norm, hidden.norm(dim=-1), rtol=1e-4, atol=1e-4)
     for row, position in enumerate(hf.candidates):
         cosine = torch.cosine_similarity(hidden, hidden[:, position : position + 1], dim=-1)
         torch.testing.assert_close(hf.alignment[row], cosine, rtol=1e-4, atol=1e-4)
-    massive = seen["MassiveActivations"]
+    massive = trace_result["MassiveActivations"]
     torch.testing.assert_close(massive.value[:-1].abs(), hidden[:-1].abs().amax(dim=-1))
     median = hidden[0].abs().flatten().median()
     torch.testing.assert_close(massive.ratio[0], massive.value[0].abs() / median)
@@ -125,11 +125,11 @@ def test_centered_alignment_ignores_what_all_tokens_share(tiny, tokens_of):
 
 
 def test_every_site_once_in_order_with_its_shape(tiny, tokens_of):
-    seen = ss.trace(tiny("llama"), tokens_of(N), [Everything()])["Everything"]
-    assert len(seen) == 3 * 8 + 1
-    assert seen[-1] == ("final_norm", None, (N, 32))
-    assert [layer for site, layer, _ in seen if site == "mlp_out"] == [0, 1, 2]
-    shapes = {site: shape for site, _, shape in seen}
+    trace_result = ss.trace(tiny("llama"), tokens_of(N), [Everything()])["Everything"]
+    assert len(trace_result) == 3 * 8 + 1
+    assert trace_result[-1] == ("final_norm", None, (N, 32))
+    assert [layer for site, layer, _ in trace_result if site == "mlp_out"] == [0, 1, 2]
+    shapes = {site: shape for site, _, shape in trace_result}
     assert shapes["k"] == (N, 2, 8)  # key-value heads
     assert shapes["q"] == shapes["z"] == (N, 4, 8)
 
@@ -164,8 +164,8 @@ def test_permuting_texts_permutes_results(tiny, tokens_of):
     texts = [tokens_of(n, seed=n) for n in (9, 21, 15)]
     forward = ss.trace(model, texts, [ss.ResidualNorms()], batch_size=2, progress=False)
     backward = ss.trace(model, texts[::-1], [ss.ResidualNorms()], batch_size=2, progress=False)
-    for one, other in zip(forward, backward[::-1], strict=True):
-        torch.testing.assert_close(one["ResidualNorms"], other["ResidualNorms"])
+    for first, second in zip(forward, backward[::-1], strict=True):
+        torch.testing.assert_close(first["ResidualNorms"], second["ResidualNorms"])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -245,8 +245,8 @@ def test_hooks_made_for_one_text_are_not_run_on_another(make_tiny, tokens_of):
     model.add_hook("blocks.1.hook_mlp_out", edit)
     model.add_hook("blocks.1.hook_resid_post", lambda value, hook: value * 2)
     assert check_residual_identity(model) < 1e-5
-    seen = ss.trace(model, tokens_of(N), [ss.Norms("mlp_out")])["mlp_out_norm"]
-    assert seen[1, 20] == 0
+    trace_result = ss.trace(model, tokens_of(N), [ss.Norms("mlp_out")])["mlp_out_norm"]
+    assert trace_result[1, 20] == 0
     assert count_hooks(model) == 2
 
 
@@ -262,24 +262,24 @@ def test_random_attention_is_refused(make_tiny, tokens_of, name):
 
 def test_frames_of_models_as_deep_as_there_are_candidates(tokens_of):
     """[candidate, layer, token] must not be taken for [layer, head, token]."""
-    model = planted_model(n_layers=8, phases=(PlantedPhase(start=1, end=7, norm=200),))
-    host, tokens = model.load(), model.tokens(32)
+    planted = planted_model(n_layers=8, phases=(PlantedPhase(start=1, end=7, norm=200),))
+    model, tokens = planted.load(), planted.tokens(32)
     collectors = [ss.ResidualGeometry(candidates=tuple(range(8))), ss.SinkScores()]
-    seen = ss.trace(host, tokens, collectors)
-    frame = seen.to_frame()
+    trace_result = ss.trace(model, tokens, collectors)
+    frame = trace_result.to_frame()
     assert "ResidualGeometry.norm" in frame
     assert "ResidualGeometry.alignment" not in frame
     picked = frame[(frame.layer == 3) & (frame.position == 5)].SinkScores.item()
-    assert picked == pytest.approx(seen["SinkScores"][3, :, 5].mean().item())
+    assert picked == pytest.approx(trace_result["SinkScores"][3, :, 5].mean().item())
 
 
 def test_mode_weights_and_gradients_are_left_alone(make_tiny, tokens_of):
     model = make_tiny("llama")
     model.train()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    seen = ss.trace(model, tokens_of(N), [ss.ResidualNorms(), ss.SinkScores()])
+    trace_result = ss.trace(model, tokens_of(N), [ss.ResidualNorms(), ss.SinkScores()])
     assert model.training
-    assert not seen["ResidualNorms"].requires_grad
+    assert not trace_result["ResidualNorms"].requires_grad
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
@@ -291,12 +291,14 @@ def test_dropout_in_training_mode_is_refused(make_tiny, tokens_of):
 
 
 def test_a_trace_comes_back_from_disk(tiny, tokens_of, tmp_path):
-    seen = ss.trace(tiny("llama"), tokens_of(N), [ss.SinkScores(), ss.MassiveActivations()])
-    back = ss.Trace.load(seen.save(tmp_path / "deep" / "trace.safetensors"))
-    assert back.provenance == seen.provenance
-    assert back.token_strings == seen.token_strings
-    torch.testing.assert_close(back["SinkScores"], seen["SinkScores"], equal_nan=True)
-    torch.testing.assert_close(back["MassiveActivations.ratio"], seen["MassiveActivations"].ratio)
+    trace_result = ss.trace(tiny("llama"), tokens_of(N), [ss.SinkScores(), ss.MassiveActivations()])
+    back = ss.Trace.load(trace_result.save(tmp_path / "deep" / "trace.safetensors"))
+    assert back.provenance == trace_result.provenance
+    assert back.token_strings == trace_result.token_strings
+    torch.testing.assert_close(back["SinkScores"], trace_result["SinkScores"], equal_nan=True)
+    torch.testing.assert_close(
+        back["MassiveActivations.ratio"], trace_result["MassiveActivations"].ratio
+    )
 
 
 def test_the_residual_identity_is_checked(tiny, family):
@@ -314,9 +316,9 @@ def test_a_block_that_breaks_the_identity_is_refused(make_tiny, tokens_of):
 
 
 def test_a_hook_that_never_fires_is_refused(tiny, tokens_of, monkeypatch):
-    """The host has hooks that exist and never fire; one must not give an empty result."""
+    """Some hooks of TransformerLens exist and never fire; they must not give an empty result."""
     model = tiny("neox")
-    monkeypatch.setitem(host.SITE_HOOKS, "never", "blocks.{layer}.attn.hook_rot_q")
+    monkeypatch.setitem(sites.SITE_HOOKS, "never", "blocks.{layer}.attn.hook_rot_q")
     tokens = tokens_of(N)[None]
     with pytest.raises(ss.ModelError, match="fired 0 times"):
         observe(model, tokens, torch.ones_like(tokens), {Site("never", 0): lambda value: None})
