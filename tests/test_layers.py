@@ -1,4 +1,4 @@
-"""The direction of imports: each room of the package builds on those before it, never the reverse."""
+"""The direction of imports: each room of the package builds on those below it."""
 
 from __future__ import annotations
 

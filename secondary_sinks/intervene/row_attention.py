@@ -51,7 +51,7 @@ class RowAttention:
         }
         self.direct_score = clean_scores(clean, positions, begin)
 
-    def __call__(self, layer: int, rows: AttentionInputs) -> Float[Tensor, "1 row head d_value"]:
+    def __call__(self, layer: int, rows: AttentionInputs) -> Float[Tensor, " 1 row head d_value"]:
         """Compute the output of one layer's attention; stores the direct scores."""
         output = rows.zero_output()
         for position, rows_at_position in self._rows_at.items():

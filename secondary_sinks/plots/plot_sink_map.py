@@ -73,7 +73,7 @@ def plot_sink_map(sink_map: SinkMap, *, shade: Shade = "attention", width: float
     """Picture of the sinks of one text: lives, attention, sink scores and norms.
 
     Args:
-        sink_map: measured (`detect_sinks`) or read (`read_published`, then only the lives are drawn).
+        sink_map: measured (`detect_sinks`), or read (`read_published`: only its lives are drawn).
         shade: what the heat map shows: "attention" (drawn, over that of ordinary tokens nearby) or
             "alignment" (cosine with the primary's residual, without the common component where the
             map has it).

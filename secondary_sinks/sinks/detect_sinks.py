@@ -64,7 +64,7 @@ def detect_sinks(
     chat: bool = False,
     prepend_bos: bool | None = None,
     max_tokens: int | None = None,
-    attention_mask: Int[Tensor, "batch token"] | None = None,
+    attention_mask: Int[Tensor, " batch token"] | None = None,
     primary: int | None = None,
     batch_size: int = 1,
     fwd_hooks: Sequence[UserHook] = (),

@@ -96,8 +96,8 @@ class Projections(Collector):
     def __init__(
         self,
         positions: Sequence[int],
-        directions: Float[Tensor, "sink d_model"],
-        ordinary: Bool[Tensor, "token"],
+        directions: Float[Tensor, " sink d_model"],
+        ordinary: Bool[Tensor, " token"],
     ):
         self._positions = list(positions)
         self._directions = directions
@@ -135,33 +135,33 @@ class DirectWrite:
     `embedding + mlp.cumsum(1) + attention.cumsum(1) == projection`, up to rounding.
     """
 
-    embedding: Float[Tensor, "sink"]
-    mlp: Float[Tensor, "sink layer"]
-    mlp_norm: Float[Tensor, "sink layer"]
+    embedding: Float[Tensor, " sink"]
+    mlp: Float[Tensor, " sink layer"]
+    mlp_norm: Float[Tensor, " sink layer"]
     """Norm of each MLP's output at the token, in any direction."""
-    attention: Float[Tensor, "sink layer"]
-    projection: Float[Tensor, "sink layer"]
+    attention: Float[Tensor, " sink layer"]
+    projection: Float[Tensor, " sink layer"]
     """Of the residual after each block."""
-    ordinary_mlp: Float[Tensor, "sink layer"]
+    ordinary_mlp: Float[Tensor, " sink layer"]
     """Mean over ordinary tokens of what the MLP writes along the same direction."""
-    ordinary_attention: Float[Tensor, "sink layer"]
+    ordinary_attention: Float[Tensor, " sink layer"]
     """The same of what the attention writes."""
-    ordinary_projection: Float[Tensor, "sink layer"]
+    ordinary_projection: Float[Tensor, " sink layer"]
     """Mean over ordinary tokens of the residual's projection."""
     error: float
     """Largest deviation from the identity, over the largest residual norm up to that layer."""
 
     @property
-    def excess(self) -> Float[Tensor, "sink layer"]:
+    def excess(self) -> Float[Tensor, " sink layer"]:
         """What each MLP writes beyond what ordinary tokens get."""
         return self.mlp - self.ordinary_mlp
 
     @property
-    def attention_excess(self) -> Float[Tensor, "sink layer"]:
+    def attention_excess(self) -> Float[Tensor, " sink layer"]:
         """What each attention block writes beyond what ordinary tokens get."""
         return self.attention - self.ordinary_attention
 
     @property
-    def excess_projection(self) -> Float[Tensor, "sink layer"]:
+    def excess_projection(self) -> Float[Tensor, " sink layer"]:
         """The residual's projection beyond that of ordinary tokens."""
         return self.projection - self.ordinary_projection
