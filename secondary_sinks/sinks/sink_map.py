@@ -165,11 +165,11 @@ class SinkMap(Result):
             if sink.lifetime >= min_lifetime and not sink.sink_score < min_score
         ]
         if not left:
+            kind = f"{sinks} sinks" if sinks in ("secondary", "primary") else "sinks"
+            filtered = " pass the filter" if chosen else ""
             raise InputError(
-                f"no {sinks if isinstance(sinks, str) else 'selected'} sinks in this text"
-                f"{' pass the filter' if chosen else ''} ({self!r}): see margins() for the tokens "
-                "that came nearest, detect with lower thresholds, or name positions, as in "
-                "sinks=[3, 7]"
+                f"no {kind} in this text{filtered} ({self!r}): see margins() for the tokens that "
+                "came nearest, detect with lower thresholds, or name positions, as in sinks=[3, 7]"
             )
         return left
 
