@@ -1,8 +1,8 @@
-"""The command line: `secondary-sinks detect`, `attribute`, `remove`, ... and `demo`.
+"""The command line: `secondary-sinks detect`, `attribute-to-mlps`, `remove-sinks`, ... and `demo`.
 
     secondary-sinks demo
     secondary-sinks detect smollm2-135m --text "Once upon a time ..." --out out/tale
-    secondary-sinks attribute smollm2-135m --file tale.txt --out out/tale
+    secondary-sinks attribute-to-mlps smollm2-135m --file tale.txt --out out/tale
     secondary-sinks norm-law ./my-finetune --jsonl answers.jsonl --chat --out out/answers
     secondary-sinks levels out/answers/*.safetensors --out out/levels
 

@@ -159,9 +159,9 @@ def apply_edit(
 
     Args:
         intervention: what to do.
-        value: the token's activation, [*shape].
-        clean: that of all tokens without edits, [token, *shape].
-        ordinary: which tokens are ordinary, [token].
+        value: the token's activation, `[*shape]`.
+        clean: that of all tokens without edits, `[token, *shape]`.
+        ordinary: which tokens are ordinary, `[token]`.
 
     Raises:
         InputError: the edit returns another shape, or NaN or infinite values.
