@@ -19,7 +19,6 @@ import typer
 from shared import MAX_TOKENS, N_TEXTS, Outcome, Verdict, make_bench, write
 
 import secondary_sinks as ss
-from secondary_sinks.plots.plot_sink_levels import plot_sink_levels
 
 LEAST_MODELS = 4
 LEAST_SINKS = 10
@@ -53,7 +52,7 @@ def run_models(levels: Sequence[ss.SinkLevels]) -> Outcome:
         )
     return Outcome(
         verdict,
-        figures={"levels_over_models": plot_sink_levels(levels)},
+        figures={"levels_over_models": ss.plot_sink_levels(levels)},
         tables={"levels_over_models": frame},
     )
 

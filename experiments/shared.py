@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import secondary_sinks as ss
-from secondary_sinks.plots.style import save_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +178,7 @@ def write(outcome: Outcome, name: str, folder: Path) -> list[Path]:
     """Write figures as PNG and PDF, tables as CSV, the verdict as text."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [
-        save_figure(figure, folder / f"{stem}.{ending}")
+        ss.save_figure(figure, folder / f"{stem}.{ending}")
         for stem, figure in outcome.figures.items()
         for ending in ("png", "pdf")
     ]

@@ -356,8 +356,8 @@ def spell_writers(writers: Iterable[int | None]) -> str:
     (first, n_first), *others = [
         ("none" if layer is None else f"MLP {layer}", n) for layer, n in counts
     ]
-    if not others and n_first == 1:
-        return f"writer of 1 sink: {first}"
+    if not others:
+        return f"writer of {counted(n_first, 'sink')}: {first}"
     parts = [f"{first} of {counted(n_first, 'sink')}", *(f"{name} of {n}" for name, n in others)]
     return f"writers: {', '.join(parts)}"
 

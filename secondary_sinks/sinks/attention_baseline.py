@@ -1,10 +1,11 @@
-"""Attention drawn by a token, over what ordinary tokens nearby draw.
+"""Attention drawn by a token, over what comparable tokens nearby draw.
 
-A sink score alone says little. Attention to an ordinary token falls with the length of the text,
+A sink score alone says little. The attention that a token draws falls with the length of the text,
 the first tokens are seen by queries with few other keys, the last ones by their neighbors, and a
-sliding window hides whatever is far away. So a token is compared, head by head, with ordinary
-tokens near its position, and only in the heads that attend to the primary sink: the direction that
-a secondary sink shares with it is read by some heads, and the others would hide them.
+sliding window hides whatever is far away. So a token is compared, head by head, with *baseline
+tokens* near its position: those that are not aligned with the primary in any run of layers in which
+it is massive. Only the heads that attend to the primary count: the direction that a secondary sink
+shares with it is read by some heads, and the others would hide them.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 N_NEIGHBORS = 32
-"""Number of nearby ordinary tokens that make the attention baseline of a token."""
+"""Number of baseline tokens near a token that it is compared with."""
 
 
 @dataclass(frozen=True)
 class AttentionBaseline:
-    """Attention that ordinary tokens of one text draw, by layer, head and position."""
+    """Attention that the baseline tokens of one text draw, by layer, head and position."""
 
     weight: Float[Tensor, " layer head"]
     """Attention that the primary draws beyond its own baseline. All heads weigh alike in a layer in
     which none attends to it."""
     median: Float[Tensor, " layer head block"]
-    """Median relative score of each block of ordinary tokens."""
+    """Median relative score of each block of baseline tokens."""
     examples: Int[Tensor, " example"]
-    """Positions of the ordinary tokens, in order; every `block_size` of them are a block."""
+    """Positions of the baseline tokens, in order; every `block_size` of them are a block."""
     block_size: int
     uniform: Float[Tensor, " token"]
     """`uniform_score` of the text."""
@@ -54,7 +55,7 @@ class AttentionBaseline:
         Args:
             score: mean attention from later queries, for every token that has at least one.
             primary: position of the primary sink.
-            examples: which tokens are examples of ordinary ones.
+            examples: which tokens are baseline tokens.
             min_queries: fewest later queries of an example.
         """
         n_tokens = score.shape[2]
@@ -94,7 +95,7 @@ class AttentionBaseline:
         if positions is None:
             positions = torch.arange(score.shape[2])
         expected = self._over_heads(self._expected(positions))
-        # Clamped: where ordinary tokens draw no attention at all, a token without any has ratio 0.
+        # Clamped: where baseline tokens draw no attention at all, a token without any has ratio 0.
         return self.drawn(score, positions) / expected.clamp_min(torch.finfo(torch.float32).tiny)
 
     def drawn(

@@ -228,7 +228,7 @@ def test_tables_figure_and_file(tmp_path):
     assert len(layers) == 2 * attribution.n_layers
     at = layers[(layers.position == attribution.sinks[1].position) & (layers.layer == 4)]
     assert at["mlp_zero.norm"].item() == pytest.approx(attribution.mlp_zero.norm[1, 4].item())
-    assert repr(attribution) == "MlpAttribution('planted', writers: MLP 4 of 2 sinks)"
+    assert repr(attribution) == "MlpAttribution('planted', writer of 2 sinks: MLP 4)"
     assert "<table" in attribution._repr_html_()
     figure = attribution.plot()
     outlined = [p for p in figure.axes[0].patches if p.get_gid() == "writer"]
@@ -268,7 +268,7 @@ def test_a_sink_without_writer_is_shown_as_such():
         ([], "no sinks"),
         ([5], "writer of 1 sink: MLP 5"),
         ([None], "writer of 1 sink: none"),
-        ([5, 5], "writers: MLP 5 of 2 sinks"),
+        ([5, 5], "writer of 2 sinks: MLP 5"),
         ([None, None], "writers: none of 2 sinks"),
         ([5, None, 5, 5, 5, 5, 5], "writers: MLP 5 of 6 sinks, none of 1"),
     ],
