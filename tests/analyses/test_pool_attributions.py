@@ -74,7 +74,7 @@ def test_representations():
     texts = attributions()
     pooled = ss.pool_attributions(texts)
     largest = pooled.writers[0]
-    assert repr(pooled).startswith("PooledAttribution('planted', 4 texts, writer of ")
+    assert repr(pooled).startswith("PooledAttribution('planted', 4 texts, writers: MLP ")
     assert f"MLP {largest.layer} of {largest.n_sinks} sinks" in repr(pooled)
     single = dataclasses.replace(texts[0], sinks=texts[0].sinks[:1])
     assert repr(ss.pool_attributions([single])) == (
