@@ -118,6 +118,10 @@ def sign_flip_p_value(
         raise InputError(f"no alternative {alternative!r}; use 'two-sided', 'greater' or 'less'")
     if len(differences) == 0:
         return math.nan
+    if len(differences) == 1:  # scipy permutes two pairs or more
+        difference = float(differences[0])
+        signed = {"greater": difference, "less": -difference, "two-sided": 0.0}[alternative]
+        return 0.5 if signed > 0 else 1.0
     # scipy takes infinity for "all of them", which its types do not say.
     n_resamples: Any = np.inf if len(differences) <= MAX_EXACT_PAIRS else N_PERMUTATIONS
     result = stats.permutation_test(

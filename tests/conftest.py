@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         values = {} if call is None else call.params
         families = {values[name] for name in ("family", "streamed_family") if name in values}
         return (
-            not REAL_MODELS & set(getattr(item, "fixturenames", ()))
+            not REAL_MODELS & {*getattr(item, "fixturenames", ()), *map(str, values.values())}
             and item.get_closest_marker("slow") is None
             and families <= {FAST_FAMILY}
         )

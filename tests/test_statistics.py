@@ -51,6 +51,16 @@ def test_samples_that_say_nothing():
     assert math.isnan(percentile_among(math.nan, [1.0]))
 
 
+def test_one_pair_has_two_signs():
+    for value, alternative, expected in (
+        (2.0, "greater", 0.5),
+        (-2.0, "greater", 1.0),
+        (-2.0, "less", 0.5),
+        (2.0, "two-sided", 1.0),
+    ):
+        assert sign_flip_p_value(torch.tensor([value]), alternative=alternative) == expected
+
+
 def test_sign_flips_are_exact_for_few_pairs():
     assert sign_flip_p_value(torch.arange(1.0, 9.0), alternative="greater") == 2**-8
     assert sign_flip_p_value(torch.arange(1.0, 9.0)) == 2**-7

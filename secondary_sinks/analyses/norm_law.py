@@ -45,6 +45,9 @@ Written = Literal["written_norm", "written_length"]
 
 Outcome = Literal["score", "lifetime"]
 
+ROUNDING = 1e-10
+"""Sum of squared deviations of logarithms below which values differ by rounding alone."""
+
 
 def norm_law(
     model: Model,
@@ -298,7 +301,7 @@ def power_law(
 
     def exponent_of(index: Any) -> float:
         square = float(inner_x[index] @ inner_x[index])
-        return float(inner_x[index] @ inner_y[index]) / square if square > 1e-18 else math.nan
+        return float(inner_x[index] @ inner_y[index]) / square if square > ROUNDING else math.nan
 
     def factor_of(index: Any) -> float:
         left = log_y[index] - exponent_of(index) * log_x[index]
@@ -309,7 +312,7 @@ def power_law(
     residual = torch.full((len(x),), torch.nan)
     exponent = exponent_of(everything)
     variance = float(inner_y @ inner_y)
-    if math.isnan(exponent) or not variance > 1e-18:
+    if math.isnan(exponent) or not variance > ROUNDING:
         nan = math.nan
         return PowerLaw(nan, nan, nan, nan, nan, nan, nan, residual)
     left = inner_y - exponent * inner_x

@@ -494,7 +494,7 @@ def _clusters(x: Any, label: Any, *, seed: int) -> dict[str, float]:
     n_sinks = int(label.sum())
     if min(n_sinks, len(label) - n_sinks) < 2 or len(np.unique(x, axis=0)) < 2:
         return {"rand": math.nan, "silhouette": math.nan}
-    clusters = KMeans(2, n_init=5, random_state=seed)  # pyright: ignore[reportArgumentType].fit_predict(x)
+    clusters = KMeans(2, n_init=5, random_state=seed).fit_predict(x)  # pyright: ignore[reportArgumentType]
     return {
         "rand": float(adjusted_rand_score(label, clusters)),
         "silhouette": float(silhouette_score(x, label)),

@@ -202,7 +202,7 @@ def test_two_tokens_are_enough(invented, drawn_texts):
         alignment=torch.ones(24, 2),
         centered_alignment=torch.ones(24, 2),
         attention_ratio=torch.full((24, 2), torch.nan),
-        sink_score=torch.full((24, 2, 2), torch.nan),
+        mean_attention=torch.full((24, 2, 2), torch.nan),
     )
     drawn_texts(plot_sink_map(tiny))
 
