@@ -22,26 +22,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fast",
         action="store_true",
-        help=f"no real model, nothing marked slow, and of many model families only {FAST_FAMILY}",
+        help=f"the first case of every test, of model families only {FAST_FAMILY}, without real "
+        "models and without what is marked slow",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--fast"):
         return
+    seen: set[tuple[str, str]] = set()
 
     def is_fast(item: pytest.Item) -> bool:
         call = getattr(item, "callspec", None)
         values = {} if call is None else call.params
         families = {values[name] for name in ("family", "streamed_family") if name in values}
-        return (
-            not REAL_MODELS & {*getattr(item, "fixturenames", ()), *map(str, values.values())}
-            and item.get_closest_marker("slow") is None
-            and families <= {FAST_FAMILY}
-        )
+        name = (item.nodeid.split("::")[0], getattr(item, "originalname", item.name))
+        if (
+            name in seen
+            or REAL_MODELS & {*getattr(item, "fixturenames", ()), *map(str, values.values())}
+            or item.get_closest_marker("slow") is not None
+            or not families <= {FAST_FAMILY}
+        ):
+            return False
+        seen.add(name)
+        return True
 
-    left_out = [item for item in items if not is_fast(item)]
-    items[:] = [item for item in items if is_fast(item)]
+    fast = [item for item in items if is_fast(item)]
+    left_out = [item for item in items if item not in set(fast)]
+    items[:] = fast
     config.hook.pytest_deselected(items=left_out)
 
 

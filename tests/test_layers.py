@@ -64,6 +64,7 @@ def test_no_two_modules_share_a_name() -> None:
     assert sorted(names) == sorted(set(names))
 
 
+@pytest.mark.slow
 def test_modules_import_each_other_in_no_circle() -> None:
     below = {module_of(path): set(imports_of(path, at_the_top=True)) for path in MODULES}
     while below:

@@ -45,8 +45,9 @@ Written = Literal["written_norm", "written_length"]
 
 Outcome = Literal["score", "lifetime"]
 
-ROUNDING = 1e-10
-"""Sum of squared deviations of logarithms below which values differ by rounding alone."""
+MIN_SPREAD = 0.01
+"""Least standard deviation of the logarithm of what is written, within texts, for a power law: over
+a range of less than a percent any exponent fits."""
 
 
 def norm_law(
@@ -301,7 +302,9 @@ def power_law(
 
     def exponent_of(index: Any) -> float:
         square = float(inner_x[index] @ inner_x[index])
-        return float(inner_x[index] @ inner_y[index]) / square if square > ROUNDING else math.nan
+        if not square > MIN_SPREAD**2 * len(index):
+            return math.nan
+        return float(inner_x[index] @ inner_y[index]) / square
 
     def factor_of(index: Any) -> float:
         left = log_y[index] - exponent_of(index) * log_x[index]
@@ -312,7 +315,7 @@ def power_law(
     residual = torch.full((len(x),), torch.nan)
     exponent = exponent_of(everything)
     variance = float(inner_y @ inner_y)
-    if math.isnan(exponent) or not variance > ROUNDING:
+    if math.isnan(exponent) or not variance > 1e-18:
         nan = math.nan
         return PowerLaw(nan, nan, nan, nan, nan, nan, nan, residual)
     left = inner_y - exponent * inner_x

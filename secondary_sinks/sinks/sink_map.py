@@ -165,7 +165,8 @@ class SinkMap(Result):
             if sink.lifetime >= min_lifetime and not sink.sink_score < min_score
         ]
         if not left:
-            kind = f"{sinks} sinks" if sinks in ("secondary", "primary") else "sinks"
+            named = sinks if isinstance(sinks, str) else "selected"
+            kind = "sinks" if named == "all" else f"{named} sinks"
             filtered = " pass the filter" if chosen else ""
             raise InputError(
                 f"no {kind} in this text{filtered} ({self!r}): see margins() for the tokens that "

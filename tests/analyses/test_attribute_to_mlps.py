@@ -50,6 +50,7 @@ def check_sum(writes):
     assert writes.error < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_writers_and_feeders_are_the_planted_ones(seed):
     truth, _, attribution = planted(seed)
@@ -116,6 +117,7 @@ def test_controls_make_no_sinks(seed):
         assert sink.comparison.p_value == 2**-4
 
 
+@pytest.mark.slow
 def test_seeds_choose_the_controls():
     model, sink_map = default()
 
@@ -132,6 +134,7 @@ def test_seeds_choose_the_controls():
     assert first.sinks[0].attention_feeders == ()
 
 
+@pytest.mark.slow
 def test_full_passes_give_the_same_answer():
     model, sink_map = default()
     sinks = sink_map.secondary[:1]
@@ -269,7 +272,7 @@ def test_a_sink_without_writer_is_shown_as_such():
         ([5], "writer of 1 sink: MLP 5"),
         ([None], "writer of 1 sink: none"),
         ([5, 5], "writer of 2 sinks: MLP 5"),
-        ([None, None], "writers: none of 2 sinks"),
+        ([None, None], "writer of 2 sinks: none"),
         ([5, None, 5, 5, 5, 5, 5], "writers: MLP 5 of 6 sinks, none of 1"),
     ],
 )
@@ -277,6 +280,7 @@ def test_writers_in_words(writers, expected):
     assert spell_writers(writers) == expected
 
 
+@pytest.mark.slow
 def test_bad_input(tiny):
     model, sink_map = default()
     bare = planted_model(secondary=()).load()

@@ -36,6 +36,7 @@ def single_dose():
     return ss.dose_response(model, sink_map, sink_map.secondary[1], [1.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_planted_law(seed):
     """The norm follows the dose; the lifetime is the planted one as soon as there is a sink."""
@@ -61,6 +62,7 @@ def test_planted_law(seed):
     assert curve.score_correlation.rho > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_planted_law_of_a_sink_that_fades(architecture):
     """Every layer takes off the same length, so the lifetime grows with the dose."""
@@ -85,6 +87,7 @@ def test_planted_law_of_a_sink_that_fades(architecture):
         torch.testing.assert_close(falls, torch.full((5,), taken_off), rtol=0.02, atol=0.0)
 
 
+@pytest.mark.slow
 def test_the_clean_dose_is_the_clean_sink():
     _, sink_map = default()
     sink, curve = sink_map.secondary[1], single_dose()
@@ -99,6 +102,7 @@ def test_the_clean_dose_is_the_clean_sink():
     )
 
 
+@pytest.mark.slow
 def test_total_scores():
     model, sink_map = default()
     sink = sink_map.secondary[0]
@@ -175,6 +179,7 @@ def test_saturation_dose(scales, lifetime, expected):
     assert curve.saturation_dose == pytest.approx(expected, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_table_figure_and_file(tmp_path):
     model, sink_map = default()
     curve = ss.dose_response(model, sink_map, sink_map.secondary[0], totals=True, progress=False)

@@ -180,6 +180,7 @@ def test_sink_heads_are_the_planted_ones(seed):
     assert heads.reads("primary")[:, :n].any()
 
 
+@pytest.mark.slow
 def test_factors_are_those_of_the_logit():
     _, _, heads = planted(3)
     factors = heads.sink
@@ -190,6 +191,7 @@ def test_factors_are_those_of_the_logit():
     assert ratio.std() / ratio.mean() < 0.1
 
 
+@pytest.mark.slow
 def test_dormant_heads_see_small_values():
     """All attention on the primary, whose values are planted to be small; then made large."""
 

@@ -46,6 +46,7 @@ def test_an_input_of_zeros_gives_what_the_biases_write(make_tiny, family, tokens
     torch.testing.assert_close(result.cosine[:, 2], along, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_component_makes_the_planted_writer_write():
     model, sink_maps = default()
     result = ss.mlp_response(model, sink_maps)

@@ -71,6 +71,7 @@ def test_cosines_are_those_of_the_recorded_stages(tiny, family, tokens_of):
     assert [sink.n_matched for sink in result.sinks] == [3, 3]
 
 
+@pytest.mark.slow
 def test_the_planted_writer_reads_another_feature_and_writes_the_same_direction():
     result = ss.mlp_stage_alignment(*default(), n_controls=6)
     by_stage = result.to_frame().pivot(index="position", columns="stage")

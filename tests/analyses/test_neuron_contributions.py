@@ -52,6 +52,7 @@ def default():
     return model, ss.detect_sinks(model, planted.tokens(64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_neurons_are_the_planted_ones(seed):
     truth, neurons, result = planted(seed)
@@ -129,6 +130,7 @@ def test_contributions_and_inputs_add_up_in_every_family(make_tiny, family, toke
     assert sink.inputs.parts[-2:] == (last, "bias")
 
 
+@pytest.mark.slow
 def test_a_share_can_be_the_whole_and_neurons_are_named():
     model, sink_map = default()
     result = ss.neuron_contributions(model, sink_map, verify=False, n_inputs=0)
@@ -142,6 +144,7 @@ def test_a_share_can_be_the_whole_and_neurons_are_named():
     assert all(one.k <= other.k for one, other in zip(result.sinks, whole.sinks, strict=True))
 
 
+@pytest.mark.slow
 def test_a_token_that_is_not_a_sink_gets_numbers_and_a_reason():
     model, sink_map = default()
     taken = {sink.position for sink in sink_map.sinks}
@@ -169,6 +172,7 @@ def test_a_token_that_is_not_a_sink_gets_numbers_and_a_reason():
     assert repr(only).endswith("nothing is written along the sink direction)")
 
 
+@pytest.mark.slow
 def test_seeds_choose_the_controls_and_nothing_else():
     model, sink_map = default()
 

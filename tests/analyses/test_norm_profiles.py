@@ -30,6 +30,7 @@ def test_norms_are_those_of_the_activations(tiny, family, tokens_of):
         assert (high <= norm.max(dim=1).values).all()
 
 
+@pytest.mark.slow
 def test_planted_norms():
     planted = ss.planted_model()
     model, tokens = planted.load(), planted.tokens(64)
@@ -42,6 +43,7 @@ def test_planted_norms():
     assert (profiles.ratio("residual") > 10).all()
 
 
+@pytest.mark.slow
 def test_a_text_without_secondary_sinks(tmp_path):
     planted = ss.planted_model(secondary=())
     model = planted.load()
@@ -54,6 +56,7 @@ def test_a_text_without_secondary_sinks(tmp_path):
     assert back.to_frame().equals(profiles.to_frame())
 
 
+@pytest.mark.slow
 def test_other_sinks_and_a_position_that_is_no_sink():
     planted = ss.planted_model()
     model = planted.load()

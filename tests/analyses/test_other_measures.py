@@ -20,6 +20,7 @@ def default():
     return host, ss.detect_sinks(host, planted.tokens(100))
 
 
+@pytest.mark.slow
 def test_planted_tokens_are_named_as_they_were_planted():
     """A decoy that is massive and draws no attention is none of the evidence criterion's."""
     planted = ss.planted_model(large_decoys=(21,), large_decoy_norm=300.0)
@@ -70,6 +71,7 @@ def test_qwen_the_published_rate_does_not_see_secondary_sinks(qwen):
     assert len(set(secondary) & set(measures.of("massive"))) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [5, 50])
 def test_every_named_token_of_the_figure_can_be_read(count):
     figure = ss.other_measures(*default(), epsilon=0.0).plot(n_tokens=count)  # names every token

@@ -100,6 +100,7 @@ def test_values_and_mlps_equal_transformer_lens_by_hand(tiny, family, tokens_of,
                 torch.testing.assert_close(mine[row], measure(theirs), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_keys_equal_transformer_lens_by_hand(tiny, family, tokens_of, map_of):
     """The key of the edited residual, put into the clean text."""
     model, tokens = tiny(family), tokens_of(N)
@@ -127,6 +128,7 @@ def test_the_next_layer_sees_the_write_by_no_other_path(tiny, family, map_of):
         torch.testing.assert_close(path.without_path, path.without_write, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_planted_sinks_act_through_the_keys(planted):
     model, bridge, sink_map = planted
     for sink in sink_map.secondary:
@@ -149,6 +151,7 @@ def test_the_planted_eraser_reads_the_write(planted, path_of):
     assert path.effect[:-1].abs().max() < 0.05
 
 
+@pytest.mark.slow
 def test_a_random_planted_model():
     model = random_planted(2)
     bridge = model.load()

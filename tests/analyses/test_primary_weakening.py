@@ -43,6 +43,7 @@ def removal_of(text):
     return ss.remove_sinks(bridge, maps[text], n_controls=2)
 
 
+@pytest.mark.slow
 def test_planted_sinks_weaken_the_primary():
     _, maps = texts()
     weakening = ss.primary_weakening(maps, removals=[removal_of(2), removal_of(5)])
@@ -116,6 +117,7 @@ def test_a_change_with_depth_in_all_texts_is_not_weakening():
     assert weakening.slope_low < 0 < weakening.slope_high
 
 
+@pytest.mark.slow
 def test_a_weakening_is_found_with_its_size():
     weakening = related(effect=0.03)
     for strength in ("number", "norm", "score"):

@@ -65,6 +65,7 @@ def test_the_reverse_lowers_the_primary(planted):
     assert (added.primary_control - added.primary_clean).abs().max() < 0.002
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 5, 8])
 def test_random_planted_models(seed):
     model = random_planted(seed)

@@ -35,6 +35,7 @@ def decomposition_of_default():
     return ss.sink_decomposition(*default(), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_erasers_are_the_planted_ones(seed):
     model = random_planted(seed)
@@ -62,6 +63,7 @@ def test_erasers_are_the_planted_ones(seed):
             assert abs(sink.verdict.primary_share) < 0.1
 
 
+@pytest.mark.slow
 def test_an_eraser_of_the_primary_too():
     """A sink that ends with its primary phase, erased by the same MLP."""
     model = planted_model(
@@ -138,6 +140,7 @@ def test_parts_add_up_in_every_family(make_tiny, family, tokens_of):
         )
 
 
+@pytest.mark.slow
 def test_directions():
     host, sinks = default()
     ask = functools.partial(ss.sink_decomposition, host, sinks, verify=False)
@@ -153,6 +156,7 @@ def test_directions():
             ask(direction=bad)
 
 
+@pytest.mark.slow
 def test_a_token_that_is_not_a_sink_has_parts_and_no_verdict(tmp_path):
     host, sinks = default()
     position = next(p for p in range(20, 64) if p not in {sink.position for sink in sinks.sinks})
@@ -202,6 +206,7 @@ def test_heads_that_are_no_sum_are_refused():
         ss.sink_decomposition(host, sinks, verify=False, fwd_hooks=shift)
 
 
+@pytest.mark.slow
 def test_a_head_that_ends_sinks_is_named():
     """An eraser made of a head: the MLP's erasure is moved into one head's `z` by a hook."""
     model = planted_model(
@@ -252,6 +257,7 @@ def test_save_load_tables_and_repr(tmp_path):
     assert "mlp" in result._repr_html_()
 
 
+@pytest.mark.slow
 def test_bad_input():
     host, sinks = default()
     bare = planted_model(secondary=())

@@ -109,6 +109,7 @@ def test_other_kinds_of_sinks():
     assert (everything.n_sinks, everything.n_occurrences) == (3, 10)
 
 
+@pytest.mark.slow
 def test_no_sinks_no_lift():
     result = ss.token_statistics(a_map(WORDS, []))
     assert result.rate == 0

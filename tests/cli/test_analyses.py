@@ -71,6 +71,7 @@ def test_every_analysis_is_a_command():
     assert functions <= {analysis.function for analysis in ANALYSES} | NOT_COMMANDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("analysis", ANALYSES, ids=lambda analysis: analysis.name)
 def test_a_command_writes_data_table_and_figure(analysis, planted, folder, tmp_path):
     done = run(analysis.name, folder, *texts_of(analysis, planted, folder), "--out", tmp_path)
@@ -90,6 +91,7 @@ def test_a_command_writes_data_table_and_figure(analysis, planted, folder, tmp_p
     assert result.provenance.model.n_layers == 8
 
 
+@pytest.mark.slow
 def test_sinks_are_chosen_by_kind_and_by_position(planted, folder):
     text = planted.text(48)
     every = run("attribute-to-mlps", folder, "--text", text, "--n-controls", 2)
@@ -106,6 +108,7 @@ def test_sinks_are_chosen_by_kind_and_by_position(planted, folder):
     assert nothing.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(planted, folder, tmp_path):
     ordinary = planted.text(24).replace("t20", "t21")
     done = run("dose-response", folder, "--text", ordinary)
@@ -124,6 +127,7 @@ def test_bad_input_is_one_line(planted, folder, tmp_path):
     assert "cannot write" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_folder_holds_the_planted_model(planted, folder):
     """What the other tests rest on: saving and loading keeps the sinks."""
     model = ss.load_model(folder, progress=False)

@@ -117,6 +117,7 @@ def test_models_lists_every_alias():
     assert small.split()[-1] == "no"
 
 
+@pytest.mark.slow
 def test_detect_writes_what_the_library_finds(folder, tmp_path):
     out = tmp_path / "new" / "out"
     done = run("detect", folder, "--text", WORDS, "--out", out)
@@ -174,6 +175,7 @@ def jsonl(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_jsonl_gives_a_map_for_each_text_and_tables_over_all(folder, jsonl, tmp_path):
     out = tmp_path / "out"
     done = run("detect", folder, "--jsonl", jsonl, "--out", out, "--batch-size", 3)
@@ -196,6 +198,7 @@ def test_jsonl_gives_a_map_for_each_text_and_tables_over_all(folder, jsonl, tmp_
     ]
 
 
+@pytest.mark.slow
 def test_published_records_of_prompts_with_outputs(folder, jsonl, tmp_path):
     out = tmp_path / "out"
     done = run(
@@ -365,6 +368,7 @@ def test_fetch_of_an_unknown_alias():
     assert "smollm2-135m" in done.stderr
 
 
+@pytest.mark.slow
 def test_demo_writes_data_and_pictures(folder, tmp_path):
     out = tmp_path / "demo"
     done = run("demo", "--out", out, "--model", folder)
@@ -391,6 +395,7 @@ def test_json_has_null_for_what_is_not_known(invented_maps):
     assert json.loads(json.dumps(record, allow_nan=False))["sinks"][1]["layers"] == [*range(8, 18)]
 
 
+@pytest.mark.slow
 def test_interrupting_is_clean(tmp_path):
     code = (
         "import signal, sys, time\n"

@@ -14,6 +14,7 @@ import typer
 import secondary_sinks as ss
 from secondary_sinks.planted.planted_model import PlantedPhase, PlantedSink
 
+pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(FOLDER))
 

@@ -57,6 +57,7 @@ def numbers(model, tokens):
     return rows.engine, values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "where"),
     [

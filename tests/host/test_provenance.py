@@ -102,6 +102,7 @@ def test_another_tokenizer_is_refused(make_tiny):
         check_model(provenance, model, what="the map")
 
 
+@pytest.mark.slow
 def test_other_hooks_are_refused(make_tiny):
     model = make_tiny("llama")
     provenance = Provenance.of(model)

@@ -128,6 +128,7 @@ def assert_clean_lives(model, sink_map, n_full=3):
     assert torch.equal(rows.is_sink, expected[few])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_without_an_edit_have_the_lives_of_the_map(seed):
     planted = random_planted(seed)
@@ -188,6 +189,7 @@ def test_full_rows_are_what_run_with_hooks_gives(text_in):
     assert rows.totals.kl.item() > 1e-6
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_chunks(text_in):
     model, sink_map = text_in("gemma2")
     rows = [I("mlp_out", layer, p, ss.Zero()) for layer in range(3) for p in range(N)]
@@ -330,6 +332,7 @@ def test_cached_rows_are_not_for_hooks(changeable):
     assert ss.counterfactuals(model, sink_map, ROW).engine == "packed"
 
 
+@pytest.mark.slow
 def test_planted_writers_and_feeders_are_necessary():
     planted = planted_model()
     model, tokens = planted.load(), planted.tokens(64)
@@ -343,6 +346,7 @@ def test_planted_writers_and_feeders_are_necessary():
         assert set(rows.clean_lifetime.tolist()) == {sink.lifetime}
 
 
+@pytest.mark.slow
 def test_a_transplanted_write_makes_a_sink():
     planted = planted_model()
     model, tokens = planted.load(), planted.tokens(64)
@@ -360,6 +364,7 @@ def test_a_transplanted_write_makes_a_sink():
     assert repr(rows).endswith(": no sinks removed, 5 sinks made)")
 
 
+@pytest.mark.slow
 def test_no_hook_is_left_when_an_edit_raises(changeable):
     model, sink_map = changeable
 

@@ -155,6 +155,7 @@ def test_a_function_is_an_edit(llama):
     assert torch.equal(flip.norm, scale.norm)
 
 
+@pytest.mark.slow
 def test_a_map_of_another_model_is_refused_with_both_names(make_tiny, tokens_of):
     model = make_tiny("llama")
     sink_map = ss.detect_sinks(model, tokens_of(N))

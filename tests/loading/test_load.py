@@ -184,6 +184,7 @@ def test_a_falcon_that_gets_its_position_bias_twice_is_loaded_with_a_warning():
     assert files == [__file__] * bool(differs)
 
 
+@pytest.mark.slow
 def test_an_alias_from_the_package_index_speaks():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -290,6 +290,7 @@ class Shapes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*REGISTERED, *JOINT])
 def test_no_pattern_is_ever_in_memory(hf_model, tiny, tokens_of, kind, monkeypatch):
     monkeypatch.setattr(streaming_attention, "_MOST_THREADS", 1)  # a thread sees its own operations
@@ -332,6 +333,7 @@ def test_the_way_is_saved_with_the_trace(tiny, tokens_of, tmp_path):
     assert ss.Trace.load(trace_result.save(tmp_path / "trace.safetensors")).attention == "streaming"
 
 
+@pytest.mark.slow
 def test_planted_sinks_are_found_streaming():
     planted = planted_model(n_layers=8, phases=(PlantedPhase(start=1, end=7, norm=200),))
     model, tokens = planted.load(), planted.tokens(300)
@@ -364,6 +366,7 @@ def test_whole_texts_are_the_same_streamed(tiny, tokens_of, small_blocks):
         torch.testing.assert_close(one.output.token_loss, other.output.token_loss)
 
 
+@pytest.mark.slow
 def test_the_oracle_and_rows_stream_long_texts(tiny, tokens_of, small_blocks, monkeypatch):
     """Full passes and cached rows of a text beyond the window, without a pattern, are the eager."""
     model, sinks = tiny("mistral"), ss.detect_sinks(tiny("mistral"), tokens_of(LONG))

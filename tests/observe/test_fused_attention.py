@@ -27,6 +27,7 @@ def random_inputs(device, n_heads=6, n_kv_heads=2, d_head=16):
     return [torch.randn(shape, device=device) for shape in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("window", "settings"),
@@ -89,6 +90,7 @@ def test_a_fused_trace_is_the_streamed_one(tiny, tokens_of, monkeypatch, family)
         ss.trace(model, tokens, [ss.ReceivedAttention()], attention="fused")
 
 
+@pytest.mark.slow
 def test_it_is_imported_only_on_request():
     code = (
         "import sys, secondary_sinks.sinks.detect_sinks\n"

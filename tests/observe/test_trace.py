@@ -315,6 +315,7 @@ def test_a_block_that_breaks_the_identity_is_refused(make_tiny, tokens_of):
         ss.trace(model, tokens_of(N), [ss.ResidualNorms()])
 
 
+@pytest.mark.slow
 def test_a_hook_that_never_fires_is_refused(tiny, tokens_of, monkeypatch):
     """Some hooks of TransformerLens exist and never fire; they must not give an empty result."""
     model = tiny("neox")

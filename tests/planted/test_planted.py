@@ -312,6 +312,7 @@ def test_texts_hold_every_planted_token_and_survive_the_tokenizer(seed: int):
     assert model.truth(tokens) == model.truth(tokens[0])
 
 
+@pytest.mark.slow
 def test_the_random_family_is_broad():
     plans = [drawn(seed).plan for seed in range(26)]
     assert all(plans[seed].secondary for seed in SEEDS_WITH_SINKS)

@@ -77,6 +77,7 @@ def check_texts(drawn_texts):
     return check
 
 
+@pytest.mark.slow
 def test_erasers_are_outlined(check_texts):
     result, _ = planted()
     figure = result.plot()
@@ -91,6 +92,7 @@ def test_erasers_are_outlined(check_texts):
     check_texts(figure)
 
 
+@pytest.mark.slow
 def test_tokens_that_are_not_sinks_are_drawn_empty(check_texts):
     sinks = sinks_of_planted()
     position = next(p for p in range(20, 64) if p not in {sink.position for sink in sinks.sinks})
@@ -101,6 +103,7 @@ def test_tokens_that_are_not_sinks_are_drawn_empty(check_texts):
     check_texts(ss.head_reads(planted_host(), sinks, sinks=position).plot())
 
 
+@pytest.mark.slow
 def test_many_sinks_are_cut_and_said_to_be(check_texts):
     result, _ = planted()
     many = 70

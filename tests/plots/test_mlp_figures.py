@@ -206,6 +206,7 @@ def test_stages_are_the_numbers_in_the_colors_of_the_kinds():
     assert [text.get_text() for text in axes.get_xticklabels()] == list(GATED)
 
 
+@pytest.mark.slow
 def test_response_has_a_column_for_each_component_and_its_tokens():
     response = response_of(6)
     for number in range(6):

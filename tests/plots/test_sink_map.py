@@ -73,6 +73,7 @@ def test_no_text_is_smaller_than_7_points(invented, width, drawn_texts):
         assert "mathdefault" not in text.get_text()  # exponents would be smaller
 
 
+@pytest.mark.slow
 def test_all_labels_fit_at_50_and_the_strongest_are_kept_at_300(invented):
     assert len(labels(plot_sink_map(invented(50, 10_000)))) == 51
     figure = plot_sink_map(invented(300, 10_000))
@@ -207,6 +208,7 @@ def test_two_tokens_are_enough(invented, drawn_texts):
     drawn_texts(plot_sink_map(tiny))
 
 
+@pytest.mark.slow
 def test_processed_weights_are_noted_in_the_figure(invented):
     noted = dataclasses.replace(invented(1), notes=("weights are not raw (folded)",))
     assert any("not raw" in text.get_text() for text in plot_sink_map(noted).texts)

@@ -84,6 +84,7 @@ def test_the_style_ends_with_its_block():
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.slow
 def test_figures_need_no_pyplot_and_are_freed(invented):
     code = (
         "import sys, secondary_sinks.plots.plot_sink_map, secondary_sinks.plots.plot_sink_levels\n"
@@ -104,6 +105,7 @@ def test_panels_stand_where_they_are_put():
     assert ((1 - box.y1) * 4, (1 - box.y0) * 4) == pytest.approx((0.5, 1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
 def test_saving_writes_the_named_format_and_always_the_same(tmp_path, invented, ending, magic):
     figure = invented(2).plot()

@@ -26,6 +26,7 @@ def planted(truth):
     return {(sink.position, sink.onset, sink.lifetime) for sink in truth.sinks}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(24))
 def test_the_planted_truth_is_recovered_exactly(seed):
     """Depth 8 to 30, one or two phases and primaries, common component, both kinds of decoy."""
@@ -54,6 +55,7 @@ def one_sink(**kwargs):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [1, 2, 4, 9])
 def test_a_late_sink_that_few_queries_can_see(late):
     model = one_sink()
@@ -68,6 +70,7 @@ def test_a_late_sink_that_few_queries_can_see(late):
     )
 
 
+@pytest.mark.slow
 def test_late_ordinary_tokens_are_no_sinks():
     model = one_sink(aligned_decoys=(30,))
     tokens = model.tokens(64)
@@ -78,6 +81,7 @@ def test_late_ordinary_tokens_are_no_sinks():
     assert found(sinks) == set()
 
 
+@pytest.mark.slow
 def test_a_secondary_sink_larger_than_the_primary_and_next_to_it():
     model = planted_model(
         n_layers=12,
@@ -91,6 +95,7 @@ def test_a_secondary_sink_larger_than_the_primary_and_next_to_it():
     assert (2, 3, 6) in found(sinks)
 
 
+@pytest.mark.slow
 def test_a_common_component_that_fools_the_published_rule():
     model = one_sink(common=40.0, common_alignment=0.95)
     tokens = model.tokens(96)
@@ -103,6 +108,7 @@ def test_a_common_component_that_fools_the_published_rule():
     assert (sinks.centered_alignment[6] > 0.9).sum() == 1 + len(sinks.secondary)
 
 
+@pytest.mark.slow
 def test_no_secondary_sinks_come_with_their_margins():
     model = one_sink()
     tokens = model.tokens(64)
@@ -118,6 +124,7 @@ def test_no_secondary_sinks_come_with_their_margins():
     )
 
 
+@pytest.mark.slow
 def test_thresholds_decide_and_are_recorded():
     model = one_sink()
     tokens, host = model.tokens(64), model.load()
@@ -155,6 +162,7 @@ def test_random_models_have_no_sinks(tiny, family, tokens_of):
     assert len(sinks.margins()) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
 def test_most_tokens_may_be_sinks(share):
     """What is ordinary is not what most tokens are."""
@@ -262,6 +270,7 @@ def test_lives_bridge_one_missing_layer_only():
     assert runs(alive, offset=4) == [(4, 5, 6, 7), (10,)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 4, 8])
 def test_the_criterion_of_a_map_judges_its_tokens_as_detection_did(seed, tmp_path):
     """One object for texts and rows; it comes back from disk with the map."""

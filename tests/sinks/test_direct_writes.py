@@ -35,6 +35,7 @@ def test_direct_writes_add_up_in_every_family(tiny, family, tokens_of):
         )
 
 
+@pytest.mark.slow
 def test_a_residual_that_is_not_the_sum_of_its_parts_is_refused():
     planted = planted_model()
     model = planted.load()

@@ -53,6 +53,7 @@ def test_parity_on_random_models(tiny, family, tokens_of, chat):
         check_parity(tiny(family), tokens_of(20, seed=seed), chat=chat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_parity_on_planted_models(seed):
     model = random_planted(seed)
