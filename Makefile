@@ -41,10 +41,11 @@ fast: $(CORE) ## run the tests that need no real model, one model family each, i
 test-tl3: $(CORE_TL3) ## run the tests for TransformerLens 3, in an environment of its own
 	$(VENV_TL3)/bin/python -m pytest tests_tl3
 
-lint: $(DEV) ## ruff and mypy
+lint: $(DEV) ## ruff, mypy and pyright
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 docs: $(DOCS) ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html

@@ -307,7 +307,7 @@ def _read(
         matched = {position for target in targets for position in target.matched}
         at = {layer: [*sorted(kind_at), *sorted(matched)]}
         record = record_mlps(model, sink_map, at, fwd_hooks=fwd_hooks)[layer]
-        kinds += [kind_at.get(position, "ordinary") for position in record.positions]
+        kinds.extend(kind_at.get(position, "ordinary") for position in record.positions)
         texts += [number] * len(record.positions)
         positions += record.positions
         records.append(record)

@@ -244,11 +244,10 @@ def _examine(model: Any, layer: int, weights: _Weights) -> _Surroundings:
     }
     # Parallel blocks share one norm or have one each; some models have none before the MLP.
     norms = [_norm_map(model, block, name, like=inputs) for name in ("ln2", "ln1", None)]
-    reads: Literal["resid_mid", "resid_pre"]
-    before, reads = min(
-        ((norm, name) for name in residuals for norm in norms if norm is not None),
-        key=lambda pair: pair[0].error(residuals[pair[1]], inputs),
-    )
+    pairs = [
+        (norm, *residual) for residual in residuals.items() for norm in norms if norm is not None
+    ]
+    before, reads, _ = min(pairs, key=lambda pair: pair[0].error(pair[2], inputs))
     after = _norm_map(model, block, "ln2_post", like=output)
     has_norm_after, multiplier = after is not None, 1.0
     if after is None:
