@@ -52,8 +52,8 @@ CO_WRITER = 0.5
 """An upstream layer without which the sink does not arise is a feeder if it writes less than this
 share of what the writer writes, and a co-writer otherwise."""
 
-WriterRule = Literal["largest_write", "given"]
-"""How a writer was chosen: by `largest_writes`, or by the caller."""
+WriterRule = Literal["largest_write", "given", "mixed"]
+"""How writers were chosen: by `largest_writes`, by the caller, or by the caller for some sinks."""
 
 ControlKind = Literal["writer", "other_layer", "random_direction", "same_token", "ordinary"]
 
@@ -253,7 +253,8 @@ def resolve_writers(
     Without `writers` it is, sink by sink, the layer up to the onset whose MLP writes the largest
     part along the sink direction, beyond what ordinary tokens get (`largest_writes`). It costs one
     pass and is a candidate: `attribute_to_mlps` tests whether it is necessary and sufficient, and
-    its result's `writers` can be passed here.
+    its result's `writers` can be passed here. They leave out sinks whose tests disagree; those get
+    the largest write.
 
     Args:
         model: any TransformerLens model.
@@ -266,24 +267,29 @@ def resolve_writers(
         fwd_hooks: hooks in force in the pass.
 
     Raises:
-        InputError: a sink without a layer, or a layer out of range.
+        InputError: a mapping that has none of the sinks, or a layer out of range.
     """
-    if writers is None:
-        writes = writes or direct_writes(model, sink_map, sinks, fwd_hooks=fwd_hooks)
-        return Writers(tuple(largest_writes(writes, sinks)), "largest_write")
-    layers = []
-    for sink in sinks:
-        key = sink.position if by == "position" else sink.l_start
-        if isinstance(writers, Mapping) and key not in writers:
-            raise InputError(
-                f"writers has no layer for {by} {key} ({sink!r}), only for {sorted(writers)}"
-            )
-        layer = writers[key] if isinstance(writers, Mapping) else writers
-        n_layers = int(model.cfg.n_layers)
-        if not 0 <= layer < n_layers:
+    n_layers = int(model.cfg.n_layers)
+    keys = [sink.position if by == "position" else sink.l_start for sink in sinks]
+    given: dict[int, int | None] = (
+        dict(writers) if isinstance(writers, Mapping) else dict.fromkeys(keys, writers)
+    )
+    layers = [given.get(key) for key in keys]
+    if isinstance(writers, Mapping) and all(layer is None for layer in layers):
+        raise InputError(f"writers is for {by}s {sorted(writers)}, the sinks are at {keys}")
+    for layer in layers:
+        if layer is not None and not 0 <= layer < n_layers:
             raise InputError(f"writer {layer} is out of range: the layers are 0 to {n_layers - 1}")
-        layers.append(int(layer))
-    return Writers(tuple(layers), "given")
+    known = [int(layer) for layer in layers if layer is not None]
+    if len(known) == len(sinks):
+        return Writers(tuple(known), "given")
+    writes = writes or direct_writes(model, sink_map, sinks, fwd_hooks=fwd_hooks)
+    largest = largest_writes(writes, sinks)
+    resolved = (
+        candidate if layer is None else int(layer)
+        for layer, candidate in zip(layers, largest, strict=True)
+    )
+    return Writers(tuple(resolved), "mixed" if known else "largest_write")
 
 
 def largest_writes(writes: DirectWrite, sinks: Sequence[Sink]) -> list[int]:

@@ -160,6 +160,13 @@ def test_other_analyses_take_the_writers():
     model, sink_map = default()
     writers = resolve_writers(model, sink_map, sink_map.secondary, attributed().writers)
     assert (writers.layers, writers.rule) == ((4, 4), "given")
+    first, second = sink_map.secondary
+    some = resolve_writers(model, sink_map, [first, second], {first.position: 3})
+    assert (some.layers, some.rule) == ((3, 4), "mixed"), "the other has the largest write"
+    alone = resolve_writers(model, sink_map, [first, second])
+    assert (alone.layers, alone.rule) == ((4, 4), "largest_write")
+    with pytest.raises(ss.InputError, match="the sinks are at"):
+        resolve_writers(model, sink_map, [first], {second.position: 3})
 
 
 def test_a_token_that_is_not_a_sink_is_measured_and_not_called_one():
