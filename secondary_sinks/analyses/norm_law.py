@@ -97,12 +97,12 @@ def norm_law(
             "see margins() of their sink maps for the tokens that came nearest"
         )
     layers, norms, lengths = [], [], []
-    rule: WriterRule = "given"
+    rules: set[WriterRule] = set()
     for index in sorted({text for text, _ in counted_sinks}):
         sink_map, chosen = several[index], [s for text, s in counted_sinks if text == index]
         writes = direct_writes(model, sink_map, chosen, fwd_hooks=fwd_hooks)
         resolved = resolve_writers(model, sink_map, chosen, writers, by="onset", writes=writes)
-        rule = resolved.rule
+        rules.add(resolved.rule)
         for row, (layer, sink) in enumerate(zip(resolved.layers, chosen, strict=True)):
             if layer > sink.l_start:
                 raise InputError(f"writer {layer} of {sink!r} comes after its onset {sink.l_start}")
@@ -130,7 +130,7 @@ def norm_law(
         kinds=tuple(sink.kind for _, sink in counted_sinks),
         onset=torch.tensor([sink.l_start for _, sink in counted_sinks]),
         writer=torch.tensor(layers),
-        writer_rule=rule,
+        writer_rule=rules.pop() if len(rules) == 1 else "mixed",
         written_norm=norm,
         written_length=length,
         score=score,

@@ -93,7 +93,7 @@ def test_given_writers():
     by_onset = ss.norm_law(model, sink_maps[:1], writers={4: 3})
     assert (by_onset.written_norm < 5).all(), "MLP 3 writes no sink"
     assert named.writer_rule == by_onset.writer_rule == "given"
-    for writers, message in ((5, "writer 5"), (-1, "writer -1"), ({3: 3}, "no layer for onset 4")):
+    for writers, message in ((5, "writer 5"), (-1, "writer -1"), ({3: 3}, "for onsets")):
         with pytest.raises(ss.InputError, match=message):
             ss.norm_law(model, sink_maps[0], writers=writers)
     with pytest.raises(ss.InputError, match="no secondary sinks"):
