@@ -16,7 +16,7 @@ from torch import Tensor
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.result import Result, counted
-from secondary_sinks.sinks.criterion import DEFAULTS, Criterion
+from secondary_sinks.sinks.criterion import DEFAULTS, Criterion, next_layer, norm_ratio
 from secondary_sinks.sinks.sink import Sink
 
 if TYPE_CHECKING:
@@ -263,14 +263,55 @@ class SinkMap(Result):
         detection, so on the very border a token with a closeness of 1 may still not be a sink.
 
         Raises:
-            InputError: the map holds no measurements (it was read from a published record) or was
+            InputError: the map holds no measurements (it was read from a published file) or was
                 made with the published criterion, which looks at alignment alone.
         """
-        from secondary_sinks.sinks.margins import margins
-
         if self.criterion != "evidence" or self.centered_alignment is None:
-            raise InputError("margins are known only of maps made with criterion='evidence'")
-        return margins(self, n)
+            raise InputError("margins exist only in maps made with criterion='evidence'")
+        return _margins(self, n)
+
+
+def _margins(sink_map: SinkMap, n: int | None) -> pd.DataFrame:
+    import pandas as pd
+
+    thresholds = sink_map.thresholds
+    passed = torch.stack(
+        [
+            sink_map.array("centered_alignment") / thresholds["min_alignment"],
+            norm_ratio(sink_map.array("centered_norm"), sink_map.array("background_centered_norm"))
+            / thresholds["min_norm_ratio"],
+            next_layer(sink_map.array("attention_ratio")) / thresholds["min_attention_ratio"],
+        ]
+    )  # [test, layer, token]
+    inside = torch.zeros(passed.shape[1], dtype=torch.bool)
+    for start, end in sink_map.phases or ((0, passed.shape[1]),):
+        inside[start:end] = True
+    closeness = passed.nan_to_num(nan=0.0).amin(dim=0)
+    closeness[~inside] = -torch.inf
+    nearest, layer = closeness.max(dim=0)
+    called = {sink.position for sink in sink_map.sinks} | {sink_map.primary_position}
+    tests = ("alignment", "magnitude", "attention")
+    rows = []
+    for token in nearest.argsort(descending=True).tolist():
+        if token in called:
+            continue
+        values = passed[:, layer[token], token]
+        rows.append(
+            {
+                "position": token,
+                "token": sink_map.token_strings[token],
+                "layer": int(layer[token]),
+                "alignment": float(values[0]),
+                "magnitude": float(values[1]),
+                "attention": float(values[2]),
+                "closeness": float(nearest[token]),
+                "failed": tests[int(values.nan_to_num(nan=0.0).argmin())],
+            }
+        )
+        if n is not None and len(rows) == n:
+            break
+    columns = ["position", "token", "layer", *tests, "closeness", "failed"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _mean(values: tuple[float, ...]) -> float:
