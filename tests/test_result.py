@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -102,3 +104,14 @@ def test_a_notebook_shows_tokens_so_that_they_can_be_seen(everything):
     shown = everything._repr_html_()
     assert "Everything(&lt;&amp;&gt;)" in shown
     assert "'\\n'" in shown
+
+
+def test_every_public_result_says_where_it_comes_from():
+    public = [getattr(ss, name) for name in ss.__all__]
+    kinds = [kind for kind in public if inspect.isclass(kind) and issubclass(kind, Result)]
+    assert len(kinds) > 15
+    for kind in kinds:
+        names = {field.name for field in dataclasses.fields(kind)}
+        assert "provenance" in names, kind
+        assert not names & {"model", "seed", "engine"}, f"{kind}: recorded in provenance"
+        assert "plot" not in vars(kind), f"{kind} finds its figure by name"
