@@ -155,7 +155,7 @@ def spearman(
     """Spearman's rank correlation, with an interval that resamples points or groups of points.
 
     Ranks are those of the whole sample, also in the resamples. Where points are a grid that
-    somebody chose, such as doses, the interval shows how much the correlation depends on single
+    was chosen, such as doses, the interval shows how much the correlation depends on single
     points, not what other texts would give.
 
     Args:

@@ -1,4 +1,4 @@
-"""What is at hand without a model of one's own: `secondary-sinks models`, `fetch` and `texts`.
+"""Models and texts that are at hand: `secondary-sinks models`, `fetch` and `texts`.
 
 secondary-sinks texts --kind prose --kind code --out texts.jsonl
 secondary-sinks detect smollm2-135m --jsonl texts.jsonl --out out/texts

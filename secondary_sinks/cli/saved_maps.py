@@ -42,7 +42,7 @@ def read_maps(files: Sequence[Path]) -> dict[tuple[str, str | None], list[SinkMa
     """Saved and published maps, by name and weights of the model.
 
     Raises:
-        LoadError: a file cannot be read or is no sink map.
+        LoadError: a file cannot be read or does not hold a sink map.
         InputError: an ending that says neither, a line that is no record, or no maps at all.
     """
     from secondary_sinks.sinks.published_files import read_published

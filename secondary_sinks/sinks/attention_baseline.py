@@ -74,8 +74,8 @@ class AttentionBaseline:
         here = torch.tensor([primary])
         beyond = score[:, :, primary] - plain._expected(here)[:, :, 0] * uniform[primary]
         weight = beyond.clamp_min(0)
-        nobody = weight.sum(dim=1, keepdim=True) == 0
-        return cls(weight.masked_fill(nobody, 1.0), median, places, size, uniform)
+        unread = weight.sum(dim=1, keepdim=True) == 0
+        return cls(weight.masked_fill(unread, 1.0), median, places, size, uniform)
 
     def ratio(
         self,

@@ -4,10 +4,10 @@ An *ordinary* token is one that is neither the primary nor a sink of the map at 
 set makes the mean of a mean ablation, the average that direct writes are compared with, and the
 pool that controls are drawn from.
 
-A *matched control* of a sink is an ordinary token near it (position decides how much attention a
-token draws) that is like other tokens: of a token id that is no sink in this text, and at no layer
-of the sink's phase more than `MAX_NORM_RATIO` times as large as the median token, because a token
-that is massive in another direction is not an example of ordinary ones.
+A *matched control* of a sink is an ordinary token near it, because position decides how much
+attention a token draws. Its token id is not that of a sink in this text, and at no layer of the
+sink's phase is it more than `MAX_NORM_RATIO` times as large as the median token: a token that is
+massive in another direction is not an example of ordinary ones.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def nearest_same_tokens(
 ) -> tuple[int, ...]:
     """The ordinary tokens with the token ids of some sinks whose positions are most like theirs, in
     order of position. The sinks may be those of other texts: a text without them still shows the
-    same tokens where they are no sinks."""
+    same tokens where they are not sinks."""
     allowed = _same_tokens(sink_map, {sink.token_id for sink in sinks})
     allowed[list(exclude)] = False
     return tuple(sorted(_nearest(allowed, [sink.position for sink in sinks], n)))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from jaxtyping import Int
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.host.protocol import UserHook
+from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.text_input import Message, Text
 from secondary_sinks.observe.attention_collectors import SinkScores
 from secondary_sinks.observe.attention_path import AttentionChoice
@@ -44,20 +44,20 @@ class DetectOptions(TraceOptions, total=False):
 
 @overload
 def detect_sinks(
-    model: Any, text: str | list[Message], **options: Unpack[DetectOptions]
+    model: Model, text: str | list[Message], **options: Unpack[DetectOptions]
 ) -> SinkMap: ...
 @overload
 def detect_sinks(
-    model: Any,
+    model: Model,
     text: list[str] | list[list[Message]] | list[Tensor],
     **options: Unpack[DetectOptions],
 ) -> list[SinkMap]: ...
 @overload
 def detect_sinks(
-    model: Any, text: Text, **options: Unpack[DetectOptions]
+    model: Model, text: Text, **options: Unpack[DetectOptions]
 ) -> SinkMap | list[SinkMap]: ...
 def detect_sinks(
-    model: Any,
+    model: Model,
     text: Text,
     *,
     criterion: CriterionName = "evidence",
@@ -72,14 +72,19 @@ def detect_sinks(
     progress: bool | None = None,
     **thresholds: float,
 ) -> SinkMap | list[SinkMap]:
-    """Detect the primary and secondary attention sinks of each text in one forward pass.
+    """Which tokens are attention sinks, primary or secondary, from which layer, for how long?
 
-    `criterion="evidence"` asks for alignment with the primary sink (without what all tokens share),
-    for magnitude, and for attention actually drawn; see `secondary_sinks.sinks.criterion`.
-    `criterion="published"` is the detector of the paper (arXiv 2512.22213), bit for bit, which asks
-    for alignment alone; see `secondary_sinks.sinks.published_criterion` for where it goes wrong.
+    >>> sink_map = ss.detect_sinks(model, "Once upon a time ...")
+    >>> sink_map.secondary
+    >>> sink_map.plot()
 
-    A detected sink is not evidence that the model needs it, nor of which module wrote it.
+    One forward pass for each batch of texts. `criterion="evidence"` asks for alignment with the
+    primary sink (without the component that all tokens share), for magnitude, and for attention
+    actually drawn; see `sinks.criterion`. `criterion="published"` is the detector of the paper
+    (arXiv 2512.22213), bit for bit, which asks for alignment alone; `sinks.published_criterion`
+    says where it goes wrong.
+
+    Not evidence for: that the model needs the sink, or which module wrote it.
 
     Args:
         model: any TransformerLens model, with its own hooks or without.
@@ -92,9 +97,10 @@ def detect_sinks(
         primary: position of the primary sink; by default the one of the first 4 positions that
             becomes a sink first, of those whose residuals grow about as large as the largest.
         batch_size: texts in one forward pass.
-        fwd_hooks: further hooks for these passes, for example to intervene.
+        fwd_hooks: `(hook name, function)` pairs in force in these passes; an analysis of the map
+            needs the same ones.
         attention: "streaming" holds no pattern, so that texts of many thousand tokens fit; "eager"
-            is the host's own way; "auto" takes the better. See `trace`.
+            is TransformerLens' own way; "auto" takes the better. See `trace`.
         progress: show a progress bar; None shows one for several texts.
         **thresholds: of the evidence criterion, see `secondary_sinks.sinks.criterion.DEFAULTS`.
 
@@ -112,7 +118,7 @@ def detect_sinks(
     checked = check_thresholds(thresholds) if criterion == "evidence" else {}
     if primary is not None:
         if isinstance(primary, bool) or int(primary) != primary:
-            raise InputError(f"primary is {primary!r}; the position of a token is meant")
+            raise InputError(f"primary must be the position of a token, got {primary!r}")
         primary = int(primary)
     collectors: list[Collector] = [
         _geometry(criterion, primary),
