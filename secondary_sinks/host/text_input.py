@@ -10,10 +10,12 @@ tokenizer's chat template, which adds its own special tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -23,7 +25,8 @@ from secondary_sinks.host.model_info import describe
 
 Message: TypeAlias = dict[str, str]
 Conversation: TypeAlias = "Sequence[Message]"
-Text: TypeAlias = "str | Tensor | Conversation | Sequence[str | Tensor | Conversation]"
+Ids: TypeAlias = "Tensor | np.ndarray | Sequence[int] | Mapping[str, Any]"
+Text: TypeAlias = "str | Ids | Conversation | Sequence[str | Tensor | Sequence[int] | Conversation]"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,59 @@ class TokenizedText:
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
+
+
+def plain_input(text: Any, attention_mask: Any = None) -> tuple[Any, Tensor | None]:
+    """Token ids as people have them, as tensors; strings, conversations and tensors as they are.
+
+    Accepts what a Hugging Face tokenizer returns (a `BatchEncoding` or a dictionary with
+    `input_ids` and perhaps `attention_mask`), NumPy arrays, lists of ids, and lists of such lists.
+
+    Raises:
+        InputError: a dictionary without `input_ids`, or a second attention mask.
+    """
+    if isinstance(text, Mapping):
+        if "input_ids" not in text:
+            raise InputError(
+                f"a dictionary of token ids needs input_ids, this one has {sorted(map(str, text))}"
+            )
+        if attention_mask is not None and text.get("attention_mask") is not None:
+            raise InputError("two attention masks: one in the dictionary, one as an argument")
+        mask = attention_mask if attention_mask is not None else text.get("attention_mask")
+        ids, mask = _as_tensors(text["input_ids"]), _as_tensors(mask)
+        if isinstance(ids, list) and isinstance(mask, list):  # rows of different lengths
+            return [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)], None
+        return ids, mask
+    return _as_tensors(text), _as_tensors(attention_mask)
+
+
+def _as_tensors(value: Any) -> Any:
+    """Arrays and lists of integers as one tensor, or as a list of tensors if their lengths differ;
+    anything else as it is."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray) or not value:
+        return value
+    if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
+        return torch.tensor(value)
+    rows = [_as_tensors(row) for row in value]
+    if not all(isinstance(row, Tensor) and row.ndim == 1 for row in rows):
+        return value
+    if any(isinstance(row, Tensor) for row in value) or len({len(row) for row in rows}) > 1:
+        return rows
+    return torch.stack(rows)
+
+
+def warn_of_padding(texts: Sequence[TokenizedText], pad_id: int) -> None:
+    """Warn of token ids that begin or end with padding which no attention mask marks."""
+    for index, text in enumerate(texts):
+        is_padding = text.tokens == pad_id
+        if len(text) > 2 and bool(is_padding[:2].all() or is_padding[-2:].all()):
+            warnings.warn(
+                f"text {index} begins or ends with padding (token {pad_id}), which is read as "
+                "text: pass attention_mask=, or what the tokenizer returned",
+                stacklevel=4,
+            )
 
 
 def is_many(text: Any) -> bool:
@@ -60,8 +116,9 @@ def tokenize(
 
     Args:
         model: a TransformerLens model.
-        text: a string, a conversation (a list of messages), token ids [token] or [batch, token],
-            or a list of strings, of conversations, or of token tensors of different lengths.
+        text: a string, a conversation (a list of messages), token ids [token] or [batch, token] (a
+            tensor, an array, lists, or what a tokenizer returns: see `plain_input`), or a list of
+            strings, of conversations, or of token tensors of different lengths.
         chat: wrap each string in the model's chat template as a user's message, with the
             assistant's turn opened; token ids are assumed to come from a template already.
         prepend_bos: None keeps the model's own setting, True and False override it. A string that
@@ -77,6 +134,7 @@ def tokenize(
     """
     if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 2):
         raise InputError(f"max_tokens must be an integer of at least 2, got {max_tokens!r}")
+    text, attention_mask = plain_input(text, attention_mask)
     rows = _rows(text, attention_mask)
     if not rows:
         raise InputError("the list of texts is empty")

@@ -24,7 +24,14 @@ from secondary_sinks.host.model_info import ModelInfo, describe
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.host.sites import layer_sites, missing_sites
-from secondary_sinks.host.text_input import Message, Text, is_many, tokenize
+from secondary_sinks.host.text_input import (
+    Message,
+    Text,
+    is_many,
+    plain_input,
+    tokenize,
+    warn_of_padding,
+)
 from secondary_sinks.observe.attention_columns import ATTENTION
 from secondary_sinks.observe.attention_path import AttentionChoice, AttentionPath
 from secondary_sinks.observe.batch import batches_of, hooked_sites, name_of, run_batch
@@ -206,6 +213,7 @@ def trace(
     info = describe(model)
     collectors = _as_list(collectors)
     _check_collectors(model, collectors, info)
+    text, attention_mask = plain_input(text, attention_mask)
     texts = tokenize(
         model,
         text,
@@ -214,6 +222,9 @@ def trace(
         max_tokens=max_tokens,
         attention_mask=attention_mask,
     )
+    pad_id = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    if isinstance(text, Tensor) and attention_mask is None and pad_id is not None:
+        warn_of_padding(texts, pad_id)
     check_residual_identity(model)
     provenance = Provenance.of(model, fwd_hooks=fwd_hooks)
     tokenizer = getattr(model, "tokenizer", None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 
@@ -101,8 +104,9 @@ def test_padding_is_on_the_right(model):
         (3, {}, "from int"),
         ("w3 w4", {"max_tokens": 1}, "max_tokens must .* got 1"),
         ("w3 w4", {"max_tokens": 2.5}, "max_tokens must .* got 2.5"),
-        ([3, 4, 5], {}, "from int"),
-        ([[3, 4], [5, 6]], {}, "from list"),
+        ([3, 4.5, 5], {}, "from int"),
+        ([[3, 4], [5, "w6"]], {}, "from list"),
+        ({"ids": [3, 4]}, {}, "needs input_ids"),
         (b"w3 w4", {}, "from bytes"),
         ([torch.tensor([3.0, 4.0])], {}, "integers"),
         ([torch.ones(2, 3, dtype=torch.long)], {}, "integers"),
@@ -140,3 +144,43 @@ def test_what_a_model_lacks(make_tiny):
 def test_no_transformer_lens_model():
     with pytest.raises(ss.ModelError, match="TransformerBridge or HookedTransformer"):
         ss.detect_sinks(torch.nn.Linear(2, 2), "text")
+
+
+@pytest.mark.parametrize("kind", ["list", "array", "encoding", "dictionary", "tensors"])
+def test_token_ids_come_as_people_have_them(model, kind):
+    """One text and several, with and without padding."""
+    encode = model.tokenizer
+    one, several = "w3 w4 w5", ["w3 w4 w5", "w7 w8"]
+    ids = {
+        "list": lambda text: encode(text).input_ids,
+        "array": lambda text: np.array(encode(text, padding=True).input_ids),
+        "encoding": lambda text: encode(text, padding=True),
+        "dictionary": lambda text: dict(encode(text)),
+        "tensors": lambda text: encode(text, padding=True, return_tensors="pt"),
+    }[kind]
+    given = ids(one)
+    assert [text.tokens.tolist() for text in tokenize(model, given)] == [[3, 4, 5]]
+    found = ss.trace(model, given, [ss.ResidualNorms()])
+    assert isinstance(found, ss.Trace)
+    traces = ss.trace(
+        model, ids(several if kind != "array" else several[:1] * 2), [ss.ResidualNorms()]
+    )
+    assert isinstance(traces, list)
+    if kind != "array":
+        assert [one.tokens.tolist() for one in traces] == [[3, 4, 5], [7, 8]]
+
+
+def test_padding_that_no_mask_marks_is_warned_of(model):
+    padding = model.tokenizer.pad_token_id
+    for padded in ([padding, padding, 5, 6], [5, 6, padding, padding]):
+        with pytest.warns(UserWarning, match="begins or ends with padding"):
+            ss.trace(model, torch.tensor(padded), [ss.ResidualNorms()])
+        mask = torch.tensor([token != padding for token in padded]).long()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            masked = ss.trace(
+                model, torch.tensor(padded)[None], [ss.ResidualNorms()], attention_mask=mask[None]
+            )
+        assert masked.tokens.tolist() == [5, 6]
+    with pytest.raises(ss.InputError, match="two attention masks"):
+        tokenize(model, model.tokenizer("w3 w4"), attention_mask=torch.ones(1, 2))
