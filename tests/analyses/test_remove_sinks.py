@@ -277,8 +277,8 @@ def test_bad_input(planted, tiny, tokens_of):
     for expected, arguments, message in (
         (empty, {}, "no secondary sinks"),
         (sink_map, {"writers": {at: 12}, "sinks": at}, "writer 12 is out of range"),
-        (sink_map, {"writers": {1: 4}}, "no layer for position"),
-        (sink_map, {"writers": {at: []}, "sinks": at}, "no layer for position"),
+        (sink_map, {"writers": {1: 4}}, "the sinks are at"),
+        (sink_map, {"writers": {at: []}, "sinks": at}, "the sinks are at"),
         (sink_map, {"sinks": []}, "no selected sinks"),
         (sink_map, {"sinks": [96]}, "from 0 to 95"),
         (sink_map, {"sinks": dataclasses.replace(sink_map.secondary[0], layers=(2,))}, "not a si"),
