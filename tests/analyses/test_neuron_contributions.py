@@ -18,6 +18,8 @@ from secondary_sinks.planted.planted_model import planted_model, random_planted
 from secondary_sinks.planted.weights import NOISE_NEURONS
 from secondary_sinks.sinks.direct_writes import direct_writes
 
+pytestmark = pytest.mark.slow
+
 SEEDS = [0, 3]  # with and without feeders
 NUMBERS = st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=12)
 
@@ -52,7 +54,6 @@ def default():
     return model, ss.detect_sinks(model, planted.tokens(64))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_neurons_are_the_planted_ones(seed):
     truth, neurons, result = planted(seed)
@@ -130,7 +131,6 @@ def test_contributions_and_inputs_add_up_in_every_family(make_tiny, family, toke
     assert sink.inputs.parts[-2:] == (last, "bias")
 
 
-@pytest.mark.slow
 def test_a_share_can_be_the_whole_and_neurons_are_named():
     model, sink_map = default()
     result = ss.neuron_contributions(model, sink_map, verify=False, n_inputs=0)
@@ -144,7 +144,6 @@ def test_a_share_can_be_the_whole_and_neurons_are_named():
     assert all(one.k <= other.k for one, other in zip(result.sinks, whole.sinks, strict=True))
 
 
-@pytest.mark.slow
 def test_a_token_that_is_not_a_sink_gets_numbers_and_a_reason():
     model, sink_map = default()
     taken = {sink.position for sink in sink_map.sinks}
@@ -172,7 +171,6 @@ def test_a_token_that_is_not_a_sink_gets_numbers_and_a_reason():
     assert repr(only).endswith("nothing is written along the sink direction)")
 
 
-@pytest.mark.slow
 def test_seeds_choose_the_controls_and_nothing_else():
     model, sink_map = default()
 

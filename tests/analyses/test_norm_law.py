@@ -12,6 +12,8 @@ import secondary_sinks as ss
 from secondary_sinks.analyses.norm_law import power_law
 from secondary_sinks.planted.planted_model import PlantedSink, random_planted
 
+pytestmark = pytest.mark.slow
+
 NORMS = {9: 40.0, 12: 60.0, 17: 100.0, 21: 200.0}
 
 
@@ -27,7 +29,6 @@ def law(common=30.0):
     return model, sink_maps, ss.norm_law(model, sink_maps)
 
 
-@pytest.mark.slow
 def test_planted_writers_and_norms():
     _, _, result = law()
     assert set(result.writer.tolist()) == {4}
@@ -37,7 +38,6 @@ def test_planted_writers_and_norms():
     torch.testing.assert_close(result.written_length, result.written_norm, rtol=0.1, atol=1.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 4, 6])
 def test_random_planted_writers_are_named(seed):
     planted = random_planted(seed)
@@ -57,7 +57,6 @@ def test_more_norm_more_attention():
     assert relation.law.low > 0
 
 
-@pytest.mark.slow
 def test_no_law_where_norms_decide_nothing():
     """Without a common component the position alone decides what a planted sink draws."""
     _, _, result = law(0.0)
@@ -77,7 +76,6 @@ def test_lifetimes_that_do_not_vary_are_nan_with_a_note():
     result.plot()
 
 
-@pytest.mark.slow
 def test_repeated_texts_add_nothing():
     model, sink_maps, result = law()
     twice = ss.norm_law(model, [*sink_maps, *sink_maps])
@@ -100,7 +98,6 @@ def test_given_writers():
         ss.norm_law(model, ss.detect_sinks(model, torch.arange(22, 60), primary=0))
 
 
-@pytest.mark.slow
 def test_primary_sinks_and_all_sinks():
     """All texts begin with one token, so their primary sink is one and the same."""
     model, sink_maps, result = law()

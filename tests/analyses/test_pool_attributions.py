@@ -10,6 +10,8 @@ import pytest
 import secondary_sinks as ss
 from secondary_sinks.planted.planted_model import planted_model
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def attributions():
@@ -23,7 +25,6 @@ def attributions():
     ]
 
 
-@pytest.mark.slow
 def test_writers_are_counted_over_texts():
     texts = attributions()
     pooled = ss.pool_attributions(texts)

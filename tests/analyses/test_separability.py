@@ -21,6 +21,8 @@ from secondary_sinks.analyses.separability import (
     probe,
 )
 
+pytestmark = pytest.mark.slow
+
 TOKEN, FEEDER, ONSET = 17, 1, 4
 
 
@@ -54,7 +56,6 @@ def separated():
     return ss.separability(model, sink_maps, n_permutations=9, n_splits=3, fwd_hooks=HOOKS)
 
 
-@pytest.mark.slow
 def test_the_planted_tokens_are_the_ones_compared():
     result = separated()
     assert result.onset == ONSET
@@ -100,7 +101,6 @@ def test_shuffled_labels_are_at_chance():
     assert result.ordinary.auc[0, 0] > 0.99
 
 
-@pytest.mark.slow
 def test_seed_table_figure_and_file(tmp_path):
     result = separated()
     frame = result.to_frame()
@@ -132,7 +132,6 @@ def test_texts_that_begin_alike_give_no_second_look():
     assert any("same sinks" in note for note in result.notes)
 
 
-@pytest.mark.slow
 def test_a_position_that_tells_is_told():
     """Sinks at the beginning, the same token at the end: that is no feature of a sink."""
     model, sink_maps = default()
