@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.mlp import Mlp, mlp_of, run_mlp
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.model_info import name_of
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.observe.collectors import Collector, Run
@@ -116,7 +116,7 @@ def _compare(model: Model, layer: int, alone: Tensor, recorded: Tensor) -> None:
     error = float(((alone - recorded).norm(dim=-1) / size).max())
     if not error <= 10 * tolerance(model):
         raise ModelError(
-            f"the MLP of layer {layer} of {describe(model).name!r}, run alone on its inputs of "
+            f"the MLP of layer {layer} of {name_of(model)!r}, run alone on its inputs of "
             f"this text, gives other outputs than in the text (relative error {error:.1e}): a hook "
             "inside it does this; remove it (model.reset_hooks(), fwd_hooks=()) and detect the "
             "sinks again"

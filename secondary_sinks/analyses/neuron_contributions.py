@@ -25,7 +25,7 @@ from secondary_sinks.analyses.mlp_records import MlpRecord, counted_kinds, recor
 from secondary_sinks.analyses.target import Target
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.mlp import Mlp, need_neurons
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.model_info import name_of
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
@@ -402,7 +402,7 @@ def _split(
     error = abs(write - recorded) / max(float(stages["written"].norm()), 1e-12)
     if not error <= 10 * tolerance(model):
         raise ModelError(
-            f"the neurons of MLP {layer} of {describe(model).name!r} write {write:.4g} along the "
+            f"the neurons of MLP {layer} of {name_of(model)!r} write {write:.4g} along the "
             f"sink direction at position {sink.position}, where the forward pass recorded "
             f"{recorded:.4g} (relative error {error:.1e}); nothing can be attributed to them"
         )
@@ -480,7 +480,7 @@ def _inputs(
         if not error <= 10 * tolerance(model):
             raise ModelError(
                 f"the contributions of the blocks before MLP {mlp.layer} of "
-                f"{describe(model).name!r} to its {stage} do not add up to it (relative error "
+                f"{name_of(model)!r} to its {stage} do not add up to it (relative error "
                 f"{error:.1e}), so it cannot be attributed to them; a hook that edits the residual "
                 "stream itself does this"
             )

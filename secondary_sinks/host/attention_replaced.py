@@ -42,7 +42,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.model_info import generation_of
 from secondary_sinks.host.temporary import exchanged
 
 
@@ -160,7 +160,7 @@ def has_module_hooks(model: Any) -> bool:
 
 
 def _attention_bridges(model: Any) -> list[Any]:
-    if describe(model).generation != "bridge":
+    if generation_of(model) != "bridge":
         raise ModelError(
             f"{type(model).__name__} computes scores, mask, softmax and hooks of its attention in "
             "one step, which cannot be replaced; load the model as a TransformerBridge"

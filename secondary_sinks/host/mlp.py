@@ -30,7 +30,7 @@ from torch import Tensor
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.forward import observe
 from secondary_sinks.host.identity import hooks_aside
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.model_info import describe, name_of
 from secondary_sinks.host.norm_map import NormMap
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.sites import SITE_HOOKS, Site, missing_sites
@@ -138,7 +138,7 @@ def need_neurons(model: Any, layer: int) -> Mlp:
     mlp = mlp_of(model, layer)
     if mlp.hidden is None:
         raise ModelError(
-            f"the MLP of layer {layer} of {describe(model).name!r} is a mixture of experts: each "
+            f"the MLP of layer {layer} of {name_of(model)!r} is a mixture of experts: each "
             "token uses other weights, and TransformerLens shows no neurons; look at its input and "
             "output with mlp_stage_alignment or mlp_response"
         )
@@ -215,7 +215,7 @@ def _run(
             output = block.mlp(batch)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(
-                f"the MLP of layer {layer} of {describe(model).name!r} cannot be run outside of a "
+                f"the MLP of layer {layer} of {name_of(model)!r} cannot be run outside of a "
                 f"forward pass ({type(error).__name__}: {error})"
             ) from error
         output = output[0] if isinstance(output, tuple) else output
@@ -228,7 +228,7 @@ def _run(
     if missing:
         raise ModelError(
             f"the hook of the stage {missing[0]!r} did not fire when the MLP of layer {layer} of "
-            f"{describe(model).name!r} ran, so its stages cannot be seen"
+            f"{name_of(model)!r} ran, so its stages cannot be seen"
         )
     return {stage: stages[stage].float().cpu() for stage in (*_STAGES[kind], "written")}
 
@@ -268,7 +268,7 @@ def _examine(model: Any, layer: int, weights: _Weights) -> _Surroundings:
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= tolerance(model):
         raise ModelError(
-            f"in {describe(model).name!r}, the MLP of layer {layer} has a structure that this "
+            f"in {name_of(model)!r}, the MLP of layer {layer} has a structure that this "
             f"library does not know: {worst} is off by {errors[worst]:.1e} (relative), so nothing "
             "can be attributed to its stages or neurons"
         )
@@ -280,7 +280,7 @@ def _record(model: Any, kind: MlpKind, layer: int) -> dict[str, Tensor]:
     names = ["resid_pre", "attn_out", "mlp_in", "mlp_raw", "mlp_out", *_HOOKED[kind].values()]
     for site in missing_sites(model, [Site(name, layer) for name in names]):
         raise ModelError(
-            f"{describe(model).name!r} has no site {site.name!r} in layer {layer}, so the stages "
+            f"{name_of(model)!r} has no site {site.name!r} in layer {layer}, so the stages "
             "of its MLP cannot be seen"
         )
     n_tokens = min(_N_TOKENS, describe(model).n_ctx or _N_TOKENS)

@@ -32,7 +32,7 @@ from secondary_sinks.errors import ModelError
 from secondary_sinks.host.attention_replaced import replaced_attention
 from secondary_sinks.host.blocks import skipping
 from secondary_sinks.host.forward import Editor, forward
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.model_info import name_of
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.sites import Site
 from secondary_sinks.intervene.clean_run import CleanRun
@@ -91,7 +91,7 @@ def run_cached(model: Any, clean: CleanRun, rows: Sequence[Row]) -> RowStates:
     if not error <= tolerance(model):
         raise ModelError(
             f"the last token, run alone over the kept text, differs by {error:.1e} without any "
-            f"edit: {describe(model).name!r}, or a hook on it, cannot be run that way; use "
+            f"edit: {name_of(model)!r}, or a hook on it, cannot be run that way; use "
             "method='packed' or method='full'"
         )
     return meter.states(positions[:-1], attention.direct_score[:-1])

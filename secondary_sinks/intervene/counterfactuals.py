@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -118,12 +117,7 @@ def counterfactuals(
         centered_alignment=states.centered_alignment,
         norm=states.norm,
         centered_norm=states.centered_norm,
-        is_sink=clean.judge.is_sink(
-            states.centered_alignment.T,
-            states.centered_norm.T,
-            rearrange(states.direct_score, "row layer head -> layer head row"),
-            torch.tensor(positions),
-        ),
+        is_sink=states.is_sink(clean.judge, torch.tensor(positions)),
         direct_score=states.direct_score,
         provenance=sink_map.provenance.extended(engine=engine),
         self_test=error,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.forward import has_hooks
-from secondary_sinks.host.model_info import describe, n_layers_of
+from secondary_sinks.host.model_info import generation_of, n_layers_of, name_of
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site, layer_sites
@@ -99,7 +99,7 @@ def choose_engine(
         return "full", error
     measured = "" if error is None else f" (relative error {error:.1e})"
     raise ModelError(
-        f"{method} rows are wrong in {describe(model).name!r}{measured}: its attention, or a hook "
+        f"{method} rows are wrong in {name_of(model)!r}{measured}: its attention, or a hook "
         "on it, cannot be run that way; use method='full'"
     )
 
@@ -114,7 +114,7 @@ def _self_test(
     """Largest relative difference that the tests of an engine measure; None if it cannot run."""
     hooked = bool(fwd_hooks) or has_hooks(model)
     # Cached rows run without the text, so a hook that looks at the sequence would edit others.
-    if describe(model).generation == "other" or (engine == "cached" and hooked):
+    if generation_of(model) == "other" or (engine == "cached" and hooked):
         return None
     error = difference_from_full(model, clean, engine)
     if hooked and error <= tolerance(model):

@@ -33,7 +33,7 @@ from torch import Tensor
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.blocks import skipping
 from secondary_sinks.host.forward import Editor, forward
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.model_info import generation_of
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site
 from secondary_sinks.intervene.clean_run import CleanRun
@@ -106,7 +106,7 @@ def _unmasked_at(model: Any, position_ids: Int[Tensor, " packed"]) -> Iterator[d
     """Arguments with which, within the context, the model runs a sequence whose tokens are at the
     given positions and whose scores are not masked."""
     length = len(position_ids)
-    if describe(model).generation == "bridge":
+    if generation_of(model) == "bridge":
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         mask = torch.zeros(1, 1, length, length, dtype=dtype)
         yield {"attention_mask": mask, "position_ids": position_ids[None]}

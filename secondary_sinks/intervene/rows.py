@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from secondary_sinks.host.forward import Editor
@@ -21,6 +21,7 @@ from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.edits import LOCAL_EDITS
 from secondary_sinks.intervene.interventions import Intervention, Row, apply_edit
 from secondary_sinks.observe.residual_geometry import TokenGeometry
+from secondary_sinks.sinks.criterion import Criterion
 
 Place = tuple[int, int]
 """Batch row and sequence index of a row's token."""
@@ -42,6 +43,13 @@ class RowStates:
         """The rows of all parts, in order."""
         names = vars(parts[0])
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def is_sink(
+        self, judge: Criterion, positions: Int[Tensor, " row"]
+    ) -> Bool[Tensor, " row layer"]:
+        """After which blocks each row is a sink; `positions` are those of their tokens."""
+        score = rearrange(self.direct_score, "row layer head -> layer head row")
+        return judge.is_sink(self.centered_alignment.T, self.centered_norm.T, score, positions)
 
     def take(self, index: Int[Tensor, " row"]) -> RowStates:
         """The rows at `index`."""

@@ -44,7 +44,7 @@ from secondary_sinks.host.memory import (
     eager_attention_bytes,
     is_out_of_memory,
 )
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.model_info import name_of
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.sites import Site
 from secondary_sinks.observe.attention_columns import (
@@ -122,7 +122,7 @@ def _compare(model: Any, tokens: Tensor) -> StreamingCheck:
     problem = None
     if not difference <= allowed:
         problem = (
-            f"on {len(tokens)} tokens {describe(model).name!r} differs from its eager pass by "
+            f"on {len(tokens)} tokens {name_of(model)!r} differs from its eager pass by "
             f"{difference:.1e}, more than the {allowed:.1e} that rounding explains"
         )
     same = {name for name in eager.hooks if _close(eager.hooks[name], streamed.hooks.get(name))}
@@ -258,7 +258,7 @@ def window_problem(
 
     with replaced_attention(model, attend, look_up=queries):
         forward(model, tokens[None], [], attention_mask=torch.ones_like(tokens)[None])
-    where = f"on {n_tokens} tokens of {describe(model).name!r}"
+    where = f"on {n_tokens} tokens of {name_of(model)!r}"
     if unmasked:
         return f"{where} layer {unmasked[0]} does not show the mask that it would have used"
     if unseen := sorted(set(widths) - longest):

@@ -22,6 +22,7 @@ from secondary_sinks.analyses.neuron_contributions import NeuronContributions, S
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.sink_rows import SinkRows
 from secondary_sinks.plots.style import (
+    ALIVE,
     COLORS,
     add_legend,
     add_panel,
@@ -222,7 +223,7 @@ def _parts(sinks: list[SinkNeurons], neuron: int, stage: str) -> tuple[np.ndarra
 
 def _draw_parts(axes: Axes, at_sinks: np.ndarray, ordinary: np.ndarray) -> None:
     places = np.arange(at_sinks.shape[1])
-    axes.barh(places, at_sinks.mean(axis=0), 0.75, color="#FBE6D8", linewidth=0)
+    axes.barh(places, at_sinks.mean(axis=0), 0.75, color=ALIVE, linewidth=0)
     for line in at_sinks:
         axes.plot(line, places, "|", color=COLORS["secondary"], markersize=5, gid="sink")
     axes.plot(

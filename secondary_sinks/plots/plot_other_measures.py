@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from secondary_sinks.analyses.other_measures import MEASURES, OtherMeasures
 from secondary_sinks.errors import InputError
 from secondary_sinks.plots.style import (
+    ALIVE,
     COLORS,
     SMALL,
     add_panel,
@@ -30,7 +31,6 @@ from secondary_sinks.plots.style import (
 _LEFT, _TOP, _BOTTOM, _RIGHT = 0.85, 0.35, 0.5, 0.2  # inches
 _CELL, _LONGEST, _CURVES = 0.145, 10, 1.4
 _NAMES = {"gu": "Gu et al."}
-_ALIVE = "#FBE6D8"
 
 
 def plot_other_measures(measures: OtherMeasures, *, n_tokens: int = 50) -> Figure:
@@ -92,7 +92,7 @@ def _draw_entropy(axes: Axes, measures: OtherMeasures) -> None:
     value = measures.entropy.normalized_by_head.numpy()
     layers = np.arange(len(value))
     for start, end in alive_spans(measures.live_layers):
-        axes.axvspan(start - 0.5, end - 0.5, color=_ALIVE, linewidth=0, zorder=0)
+        axes.axvspan(start - 0.5, end - 0.5, color=ALIVE, linewidth=0, zorder=0)
     low, high = np.nanquantile(value, [0.05, 0.95], axis=1)
     axes.fill_between(layers, low, high, color=COLORS["ordinary"], alpha=0.3, linewidth=0)
     axes.plot(layers, np.nanmean(value, axis=1), color="black", gid="entropy")

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from secondary_sinks.analyses.remove_sinks import SinkRemoval
 from secondary_sinks.plots.style import (
+    ALIVE,
     COLORS,
     SMALL,
     add_panel,
@@ -24,9 +25,6 @@ from secondary_sinks.plots.style import (
     styled,
 )
 from secondary_sinks.result import counted
-
-ALIVE = "#FBE6D8"
-"""Shade of layers whose attention sees the sinks."""
 
 _LEFT, _TOP, _CURVES, _GAP = 0.6, 0.52, 1.5, 0.62  # inches
 _HEAD_ROW = 0.11

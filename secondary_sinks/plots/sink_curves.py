@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from secondary_sinks.plots.style import COLORS, SMALL, alive_spans
+from secondary_sinks.plots.style import ALIVE, COLORS, SMALL, alive_spans
 from secondary_sinks.sinks.controls import ordinary_tokens
 from secondary_sinks.sinks.sink_map import SinkMap
 
@@ -29,7 +29,6 @@ CURVES_HEIGHT = 1.5
 """Height of a panel in inches."""
 
 _ROW = 0.16  # height of a row of the legend in inches
-_ALIVE = "#FBE6D8"  # a light tint of the color of secondary sinks
 
 
 def draw_scores(axes: Axes, sink_map: SinkMap) -> None:
@@ -102,7 +101,7 @@ def _handles(sink_map: SinkMap) -> list[Line2D | Patch]:
     label = "ordinary: median, 5-95 %"
     handles.append(Line2D([], [], color=COLORS["ordinary"], linewidth=2, label=label))
     if sink_map.secondary:
-        handles.append(Patch(color=_ALIVE, label="secondary alive"))
+        handles.append(Patch(color=ALIVE, label="secondary alive"))
     return handles
 
 
@@ -118,7 +117,7 @@ def _draw_curves(axes: Axes, sink_map: SinkMap, values: np.ndarray, *, shift: in
     for start, end in alive:
         first, last = start + shift - 0.5, min(end + shift, n_layers) - 0.5
         if first < last:
-            axes.axvspan(first, last, color=_ALIVE, linewidth=0, zorder=0)
+            axes.axvspan(first, last, color=ALIVE, linewidth=0, zorder=0)
     _draw_ordinary(axes, sink_map, values)
     for kind in ("noise", "secondary", "primary"):
         own = _positions(sink_map, kind)

@@ -39,6 +39,9 @@ COLORS: dict[str, str] = {
 }
 """Color of each kind of token, in every figure and table."""
 
+ALIVE = "#FBE6D8"
+"""Shading of the layers in which secondary sinks live: a light tint of their color."""
+
 SMALL = 7.0
 """Size of the smallest text in points."""
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
-from secondary_sinks.host.model_info import describe
+from secondary_sinks.host.model_info import name_of
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import trace_tokens
@@ -70,7 +70,7 @@ def checked_write(model: Any, found: _Found) -> DirectWrite:
     allowed = max(1e-4, 2 * eps * norm.shape[1] ** 0.5)
     if not error <= allowed:
         raise ModelError(
-            f"in {describe(model).name!r} the outputs of the blocks do not add up to the residual "
+            f"in {name_of(model)!r} the outputs of the blocks do not add up to the residual "
             f"stream along the sink direction (relative error {error:.1e}), so no part of it can "
             "be ascribed to an MLP; a hook that edits the residual stream itself does this: remove "
             "it (model.reset_hooks(), fwd_hooks=())"

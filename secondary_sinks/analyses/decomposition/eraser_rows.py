@@ -174,12 +174,7 @@ def ablate(
         positions = [row[0].position for row in rows]
         engine, _ = choose_engine(model, clean, method, positions, fwd_hooks)
         states = run_rows(engine, model, held, rows, fwd_hooks=fwd_hooks, progress=progress)
-        is_sink = held.judge.is_sink(
-            states.centered_alignment.T,
-            states.centered_norm.T,
-            states.direct_score.permute(1, 2, 0),
-            torch.tensor(positions),
-        )
+        is_sink = states.is_sink(held.judge, torch.tensor(positions))
         length = states.centered_norm * states.centered_alignment
         first = 0
         for suspected in group:
