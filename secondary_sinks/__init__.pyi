@@ -61,6 +61,7 @@ from .loading.load_model import load_model as load_model
 from .observe.attention_collectors import AttentionEntropy as AttentionEntropy
 from .observe.attention_collectors import ReceivedAttention as ReceivedAttention
 from .observe.attention_collectors import SinkScores as SinkScores
+from .observe.attention_collectors import Visibility as Visibility
 from .observe.attention_collectors import sink_rate as sink_rate
 from .observe.attention_columns import AttentionColumns as AttentionColumns
 from .observe.attention_columns import ColumnRequest as ColumnRequest

@@ -110,6 +110,12 @@ UNMASKABLE: dict[str, tuple[str, dict[str, Any]]] = {
         "MptConfig",
         {"d_model": 32, "n_layers": 3, "n_heads": 4, "vocab_size": 64, "max_seq_len": 128},
     ),
+    "llama4": (
+        "Llama4TextConfig",
+        LLAMA_LIKE
+        | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "pad_token_id": 0}
+        | {"num_experts_per_tok": 1, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1]},
+    ),
     "falcon-alibi": (
         "FalconConfig",
         SIZE

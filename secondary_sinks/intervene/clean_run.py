@@ -152,7 +152,7 @@ class CleanRun:
 
     @property
     def score(self) -> Float[Tensor, " layer head token"]:
-        """Mean attention from all later queries."""
+        """Mean attention from the later queries that see each token."""
         return self.sink_map.array("mean_attention")
 
     @property

@@ -23,6 +23,7 @@ from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site, hook_names, spell_site
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.whole_text import TextMeter, TextState
+from secondary_sinks.observe.attention_columns import ColumnRequest, eager_columns
 
 
 def metric_gradients(
@@ -52,14 +53,18 @@ def metric_gradients(
     """
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     meter = TextMeter(clean)
-    readers = meter.editors()
-    names = hook_names(model, [*seen, *(site for site, _ in readers)])
-    functions = [
-        *(_keeper(activations) for activations in seen.values()),
-        *(_reader(read) for _, read in readers),
-    ]
     tokens = clean.tokens[None].to(input_device(model))
-    with torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        eager_columns(model, [len(clean.tokens)], ColumnRequest(), meter.receive) as patterns,
+    ):
+        readers = [*patterns, *meter.editors()]
+        names = hook_names(model, [*seen, *(site for site, _ in readers)])
+        functions = [
+            *(_keeper(activations) for activations in seen.values()),
+            *(_reader(read) for _, read in readers),
+        ]
         output = model.run_with_hooks(
             tokens,
             fwd_hooks=[*fwd_hooks, *zip(names, functions, strict=True)],

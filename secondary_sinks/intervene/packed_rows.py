@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
@@ -138,7 +138,6 @@ class _KeyMeter:
     def __init__(self, clean: CleanRun, positions: Tensor, begin: int):
         self._n_tokens = len(clean.tokens)
         self._positions = positions
-        self._n_later = (self._n_tokens - 1 - positions).float()
         self.direct_score = clean_scores(clean, positions, begin)
 
     def scores_editor(self, layer: int, visible: Tensor) -> Editor:
@@ -172,8 +171,7 @@ class _KeyMeter:
             rest = lse + torch.log1p(-share)
             new = (self._to_row - torch.logaddexp(rest, self._to_row)).exp()
             total = (new * self._attends).sum(dim=1)  # [head, row]
-            score: Float[Tensor, " row head"] = total.T.cpu() / self._n_later[:, None]
-            score[self._n_later == 0] = torch.nan
-            self.direct_score[:, layer] = score
+            # 0/0 is NaN, where no query sees the token.
+            self.direct_score[:, layer] = (total / self._attends.sum(dim=0)).T.cpu()
 
         return read

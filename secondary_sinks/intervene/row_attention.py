@@ -43,7 +43,6 @@ class RowAttention:
         positions: Int[Tensor, " row"],
         begin: int,
     ):
-        self._n_tokens = len(clean.tokens)
         self._attention = attention
         self._rows_at = {
             position: (positions == position).nonzero()[:, 0]
@@ -63,8 +62,7 @@ class RowAttention:
                 )
                 attended = text.attend(query, key, value)
                 output[0, index.to(output.device)] = attended.to(output.dtype)
-                if position < self._n_tokens - 1:
-                    self.direct_score[index, layer] = text.score_of(key).cpu()
+                self.direct_score[index, layer] = text.score_of(key).cpu()
         return output
 
 
@@ -82,8 +80,6 @@ class _TextAround:
     own_key: Float[Tensor, " kv_head d_head"]
     log_sum: Float[Tensor, " head query"]
     """Log-sum-exp of the queries after."""
-    n_later: int
-    """All tokens after it, also those that do not see it."""
 
     @classmethod
     def of(cls, columns: AttentionColumns, position: int) -> _TextAround:
@@ -106,7 +102,6 @@ class _TextAround:
             ),
             own_key=inputs.key[0, :, position].float(),
             log_sum=log_sum_exp[:, after],
-            n_later=n_tokens - 1 - position,
         )
 
     @property
@@ -152,7 +147,8 @@ class _TextAround:
         )
 
     def score_of(self, key: Float[Tensor, " kv_head row d_head"]) -> Float[Tensor, " row head"]:
-        """Mean attention of the clean later queries to each row's key in place of the token's."""
+        """Mean attention of the clean later queries that see the token to each row's key in its
+        place; NaN if none does."""
         keys = torch.cat([self.own_key[:, None], key], dim=1)
         products = rearrange(
             self.queries_after @ keys.mT,
@@ -165,4 +161,4 @@ class _TextAround:
         log_sum = self.log_sum[..., None]
         share = (clean - log_sum).exp().clamp_max(1 - 1e-7)
         rest = log_sum + torch.log1p(-share)
-        return (rows - rest).sigmoid_().sum(dim=1).T / self.n_later
+        return (rows - rest).sigmoid_().mean(dim=1).T

@@ -36,7 +36,8 @@ class RowStates:
     norm: Float[Tensor, " row layer"]
     centered_norm: Float[Tensor, " row layer"]
     direct_score: Float[Tensor, " row layer head"]
-    """Mean attention of the clean later queries to the row's key; NaN for the last token."""
+    """Mean attention to the row's key of the clean later queries that see its token; NaN where none
+    does, as for the last token."""
 
     @classmethod
     def joined(cls, parts: Sequence[RowStates]) -> RowStates:

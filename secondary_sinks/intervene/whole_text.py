@@ -18,7 +18,6 @@ texts is streamed (`observe.attention_path`), so that thousands of tokens fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,8 +36,8 @@ from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRe
 from secondary_sinks.observe.attention_path import (
     AttentionChoice,
     AttentionPath,
+    measured_attention,
     path_of_attention,
-    streamed_attention,
 )
 from secondary_sinks.observe.residual_geometry import TokenGeometry
 
@@ -77,7 +76,7 @@ class TextState:
     """One run of a text, reduced to what analyses of sinks read."""
 
     sink_score: Float[Tensor, " layer head token"]
-    """Mean attention from later queries; NaN for the last token."""
+    """Mean attention from the later queries that see the token; NaN for the last token."""
     norm: Float[Tensor, " layer token"]
     """Norm of the residual after each block."""
     alignment: Float[Tensor, " layer token"]
@@ -115,19 +114,16 @@ class TextMeter:
         self._geometry: list[TokenGeometry] = []
 
     def editors(self) -> list[tuple[Site, Editor]]:
-        """The functions that read every layer's pattern and residual."""
-        layers = range(self._clean.n_layers)
-        patterns = [(Site("pattern", layer), self._read_pattern) for layer in layers]
-        return [*patterns, *self.residual_editors()]
-
-    def residual_editors(self) -> list[tuple[Site, Editor]]:
-        """Those that read residuals, for a pass whose attention is streamed to `receive`."""
+        """The functions that read every layer's residual."""
         layers = range(self._clean.n_layers)
         return [(Site("resid_post", layer), self._reader(layer)) for layer in layers]
 
     def receive(self, layer: int, columns: Sequence[AttentionColumns]) -> None:
         """Read the attention of a layer, one entry for each text."""
-        self._keep_score(torch.stack([text.received for text in columns]))
+        total, n_seeing = torch.stack([text.received for text in columns]), columns[0].n_seeing
+        # Clamped and then masked, because a division by 0 would make all gradients NaN.
+        score = (total.cpu() / n_seeing.clamp_min(1)).masked_fill(n_seeing == 0, torch.nan)
+        self._score.append(score)
 
     def states(self) -> list[TextState]:
         """One state for each text of the batch."""
@@ -146,16 +142,6 @@ class TextMeter:
             )
             for text in range(len(score))
         ]
-
-    def _read_pattern(self, pattern: Tensor) -> None:
-        weight = pattern.float()
-        self._keep_score(weight.sum(dim=2) - weight.diagonal(dim1=2, dim2=3))
-
-    def _keep_score(self, total: Float[Tensor, " text head token"]) -> None:
-        n_later = torch.arange(total.shape[-1] - 1, -1, -1, device=total.device)
-        # Clamped and then masked, because a division by 0 would make all gradients NaN.
-        score = (total / n_later.clamp_min(1)).masked_fill(n_later == 0, torch.nan)
-        self._score.append(score.cpu())
 
     def _reader(self, layer: int) -> Editor:
         def read(activation: Tensor) -> None:
@@ -296,13 +282,11 @@ def measured_pass(
     tokens = clean.tokens.expand(1 + n_copies, -1)
     meter = TextMeter(clean)
     lengths = [len(clean.tokens)] * len(tokens)
-    readers = meter.editors() if path == "eager" else meter.residual_editors()
-    streamed = streamed_attention(model, lengths, ColumnRequest(), meter.receive, path)
-    with nullcontext() if path == "eager" else streamed:
+    with measured_attention(model, lengths, ColumnRequest(), meter.receive, path) as readers:
         outputs = forward(
             model,
             tokens,
-            [*editors, *readers],
+            [*editors, *readers, *meter.editors()],
             fwd_hooks=fwd_hooks,
             attention_mask=torch.ones_like(tokens),
             logits=output or logits,

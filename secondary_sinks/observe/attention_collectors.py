@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,8 @@ from secondary_sinks.errors import InputError
 from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 from secondary_sinks.observe.collectors import Collector, Run
 
+Convention = Literal["later", "all_later", "gu"]
+
 _LEAST_TOTAL = 1e-4
 """Least sum of a query's weights. Streamed, the share that a learned sink logit leaves is exact to
 about 1e-6."""
@@ -25,12 +27,18 @@ about 1e-6."""
 class SinkScores(Collector):
     """Attention that each token receives, by layer and head.
 
-    Result: Float[Tensor, " layer head token"]. With `convention="later"` (this library's sink
-    score) it is the mean over later queries i > t of A[i, t]: a token's attention to itself says
-    nothing of its importance to others. Tokens with fewer than `min_queries` later queries get NaN,
-    because the last tokens of a text receive attention merely for being near. With
-    `convention="gu"` it is the importance score of Gu et al. (arXiv 2410.10781), the mean over
-    i >= t, for every token; see `sink_rate` for their thresholded rate.
+    Result: Float[Tensor, " layer head token"], a mean of A[i, t] over queries i. Which ones:
+
+    * `convention="later"`, this library's sink score: the later queries i > t that see the token.
+      A token's attention to itself says nothing of its importance to others, and a query beyond a
+      sliding window, or in another chunk, cannot attend to it.
+    * `convention="all_later"`: all later queries. The same in a layer without a window; with one,
+      it falls with the length of the text, for want of queries that see the token.
+    * `convention="gu"`: all i >= t, the importance score of Gu et al. (arXiv 2410.10781), for every
+      token; see `sink_rate` for their thresholded rate.
+
+    Except with "gu", tokens with fewer than `min_queries` such queries get NaN, because the last
+    tokens of a text receive attention merely for being near.
 
     A large score is not evidence that the token's content is used: see the value norms, or ablate.
 
@@ -42,13 +50,15 @@ class SinkScores(Collector):
 
     def __init__(
         self,
-        convention: Literal["later", "gu"] = "later",
+        convention: Convention = "later",
         *,
         min_queries: int = 8,
         name: str | None = None,
     ):
-        if convention not in ("later", "gu"):
-            raise InputError(f"no convention {convention!r} for sink scores; use 'later' or 'gu'")
+        if convention not in (choices := get_args(Convention)):
+            raise InputError(
+                f"no convention {convention!r} for sink scores; use one of {', '.join(choices)}"
+            )
         if min_queries < 1:
             raise InputError(f"min_queries must be 1 or more, got {min_queries}")
         self.convention = convention
@@ -58,17 +68,17 @@ class SinkScores(Collector):
     def start(self, run: Run) -> None:
         """Prepare for one text."""
         self._layers: list[Tensor] = []
-        later = torch.arange(run.n_tokens - 1, -1, -1)
-        self._n_queries = later + (self.convention == "gu")
-        self._hidden = self._n_queries < (1 if self.convention == "gu" else self.min_queries)
+        self._n_later = torch.arange(run.n_tokens - 1, -1, -1)
 
     def update(self, site: str, layer: int | None, activation: AttentionColumns) -> None:
         """Add the means of one layer."""
-        total = activation.received
+        received = activation.received.cpu()
         if self.convention == "gu":
-            total = total + activation.own
-        score = total.cpu() / self._n_queries
-        score[:, self._hidden] = torch.nan
+            score = (received + activation.own.cpu()) / (self._n_later + 1)
+        else:
+            n_queries = activation.n_seeing if self.convention == "later" else self._n_later
+            few = n_queries < self.min_queries
+            score = (received / n_queries.clamp_min(1)).masked_fill(few, torch.nan)
         self._layers.append(score)
 
     def result(self) -> Float[Tensor, " layer head token"]:
@@ -94,14 +104,16 @@ def sink_rate(
 
 @dataclass(frozen=True)
 class Received:
-    """Attention by layer and head, reduced over later queries i > t or over keys."""
+    """Attention by layer and head, reduced over later queries i > t or over keys.
+
+    What is reduced over later queries is NaN where none sees the token, as for the last one."""
 
     maximum: Float[Tensor, " layer head token"]
-    """Largest weight that a later query gives the token; NaN for the last token."""
+    """Largest weight that a later query gives the token."""
     thresholds: tuple[float, ...]
     share_above: Float[Tensor, " threshold layer head token"]
-    """Share of later queries that give the token more weight than the threshold; NaN for the last
-    token. A weight equal to the threshold can fall on either side by rounding."""
+    """Share of the later queries that see the token that give it more weight than the threshold. A
+    weight equal to the threshold can fall on either side by rounding."""
     entropy: Float[Tensor, " layer head query"]
     """Entropy of each query's weights, nats: 0 for attention to one token, log(i + 1) for uniform
     attention."""
@@ -135,8 +147,6 @@ class ReceivedAttention(Collector):
     def start(self, run: Run) -> None:
         """Prepare for one text."""
         self._layers: list[tuple[Tensor, Tensor, Tensor]] = []
-        later = torch.arange(run.n_tokens - 1, -1, -1)
-        self._n_later = later.float().masked_fill(later == 0, torch.nan)
 
     def update(self, site: str, layer: int | None, activation: AttentionColumns) -> None:
         """Add the columns of one layer."""
@@ -144,10 +154,12 @@ class ReceivedAttention(Collector):
         above = [counts[threshold].cpu() for threshold in self.attention.thresholds]
         maximum = cast(Tensor, activation.maximum).cpu()
         shape = (0, *maximum.shape)
+        unseen = activation.n_seeing == 0
+        n_seeing = activation.n_seeing.masked_fill(unseen, torch.nan)
         self._layers.append(
             (
-                maximum.masked_fill(torch.isnan(self._n_later), torch.nan),
-                (torch.stack(above) if above else torch.empty(shape)) / self._n_later,
+                maximum.masked_fill(unseen, torch.nan),
+                (torch.stack(above) if above else torch.empty(shape)) / n_seeing,
                 cast(Tensor, activation.entropy).cpu(),
             )
         )
@@ -161,6 +173,49 @@ class ReceivedAttention(Collector):
             share_above=torch.stack(above, dim=1),
             entropy=torch.stack(entropy),
         )
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which attention a token can receive at all: one entry for each layer and token."""
+
+    n_seeing: Float[Tensor, " layer token"]
+    """Number of later queries that see the token: all of them, or those within a sliding window, or
+    in the same chunk."""
+    uniform: Float[Tensor, " layer token"]
+    """Its sink score if each query attended uniformly to the keys that it sees; NaN where no later
+    query sees the token."""
+
+
+class Visibility(Collector):
+    """How many queries see each token, and its score under uniform attention. Result: `Visible`.
+
+    Both follow from the masks alone: they are what a sink score is to be compared with.
+    """
+
+    sites = (ATTENTION,)
+
+    def __init__(self, *, name: str | None = None):
+        self.name = name or "Visibility"
+
+    def start(self, run: Run) -> None:
+        """Prepare for one text."""
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._of_kind: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+
+    def update(self, site: str, layer: int | None, activation: AttentionColumns) -> None:
+        """Add one layer, or the same as for another with as many visible keys."""
+        same = (row for visible, row in self._of_kind if torch.equal(visible, activation.n_visible))
+        row = next(same, None)
+        if row is None:
+            row = (activation.n_seeing, activation.uniform_score)
+            self._of_kind.append((activation.n_visible, row))
+        self._layers.append(row)
+
+    def result(self) -> Visible:
+        """Both by layer."""
+        n_seeing, uniform = zip(*self._layers, strict=True)
+        return Visible(torch.stack(n_seeing), torch.stack(uniform))
 
 
 @dataclass(frozen=True)
@@ -203,10 +258,10 @@ class AttentionEntropy(Collector):
 
     def update(self, site: str, layer: int | None, activation: AttentionColumns) -> None:
         """Add the entropies of one layer."""
-        unnormalized, total, visible = (
-            cast(Tensor, column).cpu()
-            for column in (activation.entropy, activation.total, activation.n_visible)
+        unnormalized, total = (
+            cast(Tensor, column).cpu() for column in (activation.entropy, activation.total)
         )
+        visible = activation.n_visible
         # For weights w with sum s: the entropy of w/s is the sum of -w log(w), over s, plus log(s).
         total = total.masked_fill(total < _LEAST_TOTAL, torch.nan)
         entropy = (unnormalized / total + total.log()).clamp_min(0)

@@ -15,12 +15,18 @@ the site `attention` gets one for each layer, and requests what it should contai
 
 `AttentionColumns.of_pattern` computes them from a whole pattern; `observe.streaming_attention`
 computes the same without one.
+
+With a sliding window of w keys, a token is seen by w - 1 later queries, however long the text. A
+mean over *all* later queries would fall with the length of the text although no query attends less,
+so means are taken over the later queries that see the token (`AttentionColumns.n_seeing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +36,7 @@ from secondary_sinks.errors import InputError
 from secondary_sinks.host.attention_replaced import AttentionInputs
 from secondary_sinks.host.forward import Observer
 from secondary_sinks.host.sites import Site
+from secondary_sinks.host.visible_keys import n_visible_within, visible_keys_read
 
 ATTENTION = "attention"
 """The site whose activation is an `AttentionColumns`, one for each layer."""
@@ -44,8 +51,7 @@ class ColumnRequest:
     thresholds: tuple[float, ...] = ()
     """For each threshold, count the queries that give a token more weight than this."""
     entropy: bool = False
-    """The entropy of each query's weights, and what normalizes it: their sum, and the number of
-    keys that the query sees."""
+    """The entropy of each query's weights, and their sum."""
     log_sum_exp: bool = False
     """The logarithm of each query's softmax denominator."""
     inputs: bool = False
@@ -79,6 +85,8 @@ class AttentionColumns:
     """Sum over later queries of A[i, t]."""
     own: Float[Tensor, " head token"]
     """A[t, t]."""
+    n_visible: Float[Tensor, " query"]
+    """Number of keys that each query sees, itself and those right before it; on the CPU."""
     maximum: Float[Tensor, " head token"] | None = None
     """Largest A[i, t] of a later query; 0 for the last token, which has none."""
     above: Mapping[float, Float[Tensor, " head token"]] | None = None
@@ -92,15 +100,30 @@ class AttentionColumns:
     """Queries, keys and values, with a batch of this text alone. Only of streamed attention."""
     total: Float[Tensor, " head query"] | None = None
     """Sum of each query's weights: 1, less the share of a learned sink logit."""
-    n_visible: Float[Tensor, " query"] | None = None
-    """Number of keys that each query sees; in a pattern, from the farthest key with any weight in
-    any head to the query itself."""
+
+    @property
+    def n_seeing(self) -> Float[Tensor, " token"]:
+        """Number of later queries that see each token; on the CPU."""
+        return _sum_over_seeing(self.n_visible, torch.ones_like(self.n_visible))
+
+    @property
+    def uniform_score(self) -> Float[Tensor, " token"]:
+        """Mean weight that a token would receive from the later queries that see it if each query
+        attended uniformly to the keys that it sees; NaN for a token that none sees; on the CPU."""
+        received = _sum_over_seeing(self.n_visible, 1 / self.n_visible.double())
+        n_seeing = self.n_seeing
+        return received / n_seeing.masked_fill(n_seeing == 0, torch.nan)
 
     @classmethod
     def zeros(
-        cls, n_heads: int, n_tokens: int, request: ColumnRequest, device: torch.device
+        cls,
+        n_heads: int,
+        n_tokens: int,
+        window: int | None,
+        request: ColumnRequest,
+        device: torch.device,
     ) -> AttentionColumns:
-        """The columns before any query was added."""
+        """The columns before any query was added, where a query sees `window` keys (None: all)."""
 
         def zeros() -> Tensor:
             return torch.zeros(n_heads, n_tokens, device=device)
@@ -108,6 +131,7 @@ class AttentionColumns:
         return cls(
             received=zeros(),
             own=zeros(),
+            n_visible=n_visible_within(n_tokens, window),
             maximum=zeros() if request.maximum else None,
             above={threshold: zeros() for threshold in request.thresholds} or None,
             entropy=zeros() if request.entropy else None,
@@ -126,40 +150,45 @@ class AttentionColumns:
         always = (self.received, self.own, self.entropy, self.log_sum_exp)
         return [part for part in (*always, *(self.above or {}).values()) if part is not None]
 
-    def measured(
-        self, window: int | None, sink_logits: Float[Tensor, " head"] | None
-    ) -> AttentionColumns:
-        """The same columns, of causal attention, with `total` and `n_visible` beside entropies.
+    def with_total(self, sink_logits: Float[Tensor, " head"] | None) -> AttentionColumns:
+        """The same columns with `total` beside entropies.
 
         Args:
-            window: how many keys a query sees, itself included; None: all.
             sink_logits: a learned logit for each head that joins every softmax.
         """
         if self.entropy is None or self.log_sum_exp is None:
             return self
-        n_tokens = self.entropy.shape[1]
-        n_visible = torch.arange(1.0, n_tokens + 1, device=self.entropy.device)
         total = torch.ones_like(self.entropy)
         if sink_logits is not None:
             total -= (sink_logits.float()[:, None] - self.log_sum_exp).exp()
-        return replace(self, total=total, n_visible=n_visible.clamp_max(window or n_tokens))
+        return replace(self, total=total)
 
     @classmethod
     def of_pattern(
-        cls, pattern: Float[Tensor, " head query key"], request: ColumnRequest
+        cls,
+        pattern: Float[Tensor, " head query key"],
+        request: ColumnRequest,
+        n_visible: Float[Tensor, " query"] | None = None,
     ) -> AttentionColumns:
-        """Reduce a whole pattern."""
+        """Reduce a whole pattern.
+
+        Args:
+            pattern: weights.
+            request: which columns to compute.
+            n_visible: number of keys that each query sees. If it is not known, the farthest key to
+                which the query or a later one gives any weight in any head is taken for the first
+                that the query sees.
+        """
         own = pattern.diagonal(dim1=1, dim2=2).float()
-        entropy = total = n_visible = None
+        entropy = total = None
         if request.entropy:
             entropy = torch.special.entr(pattern.float()).sum(dim=-1)
             total = pattern.sum(dim=-1, dtype=torch.float32)
-            farthest = (pattern > 0).any(dim=0).float().argmax(dim=-1)
-            n_visible = torch.arange(1.0, len(farthest) + 1, device=pattern.device) - farthest
         later = pattern.float().tril(-1) if request.maximum or request.thresholds else None
         return cls(
             received=pattern.sum(dim=1, dtype=torch.float32) - own,
             own=own,
+            n_visible=_n_visible_in(pattern) if n_visible is None else n_visible,
             maximum=None if later is None or not request.maximum else later.amax(dim=1),
             above=None
             if later is None or not request.thresholds
@@ -169,20 +198,20 @@ class AttentionColumns:
             },
             entropy=entropy,
             total=total,
-            n_visible=n_visible,
         )
 
 
-def pattern_readers(
-    n_layers: int,
+@contextmanager
+def eager_columns(
+    model: Any,
     lengths: Sequence[int],
     request: ColumnRequest,
     receive: Callable[[int, list[AttentionColumns]], None],
-) -> list[tuple[Site, Observer]]:
+) -> Iterator[list[tuple[Site, Observer]]]:
     """Observers that reduce the patterns of an eager pass to columns.
 
     Args:
-        n_layers: of the model.
+        model: the model, which must run within the context.
         lengths: number of tokens of every text of the batch, without the padding on its right.
         request: which columns to compute.
         receive: called once for each layer, with one `AttentionColumns` for each text.
@@ -190,11 +219,37 @@ def pattern_readers(
 
     def reader(layer: int) -> Observer:
         def read(patterns: Float[Tensor, " text head query key"]) -> None:
-            of_texts = zip(patterns, lengths, strict=True)
+            counts = n_visible.get(layer)
             receive(
-                layer, [AttentionColumns.of_pattern(p[:, :n, :n], request) for p, n in of_texts]
+                layer,
+                [
+                    AttentionColumns.of_pattern(
+                        pattern[:, :n, :n], request, None if counts is None else counts[:n]
+                    )
+                    for pattern, n in zip(patterns, lengths, strict=True)
+                ],
             )
 
         return read
 
-    return [(Site("pattern", layer), reader(layer)) for layer in range(n_layers)]
+    with visible_keys_read(model, lengths) as n_visible:
+        yield [(Site("pattern", layer), reader(layer)) for layer in range(int(model.cfg.n_layers))]
+
+
+def _n_visible_in(pattern: Float[Tensor, " head query key"]) -> Float[Tensor, " query"]:
+    """How many keys each query sees, as far as a pattern shows."""
+    farthest = (pattern > 0).any(dim=0).float().argmax(dim=-1).cpu()
+    first = farthest.flip(0).cummin(dim=0).values.flip(0)
+    return torch.arange(1.0, len(first) + 1) - first
+
+
+def _sum_over_seeing(
+    n_visible: Float[Tensor, " query"], value: Float[Tensor, " query"]
+) -> Float[Tensor, " token"]:
+    """Sum of a value of each query over the later queries that see a token."""
+    query = torch.arange(len(n_visible))
+    # Query i adds to tokens i + 1 - n_visible[i] ... i - 1: up at the first, down at i.
+    change = torch.zeros(len(n_visible) + 1, dtype=torch.float64)
+    change.index_add_(0, query + 1 - n_visible.long(), value.double())
+    change.index_add_(0, query, -value.double())
+    return change.cumsum(dim=0)[:-1].float()

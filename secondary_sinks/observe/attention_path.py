@@ -23,11 +23,16 @@ from secondary_sinks.host.attention_replaced import (
     has_module_hooks,
     replaced_attention,
 )
+from secondary_sinks.host.forward import Observer
 from secondary_sinks.host.memory import is_out_of_memory
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import FINAL_NORM, Site, hook_names
-from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
+from secondary_sinks.observe.attention_columns import (
+    AttentionColumns,
+    ColumnRequest,
+    eager_columns,
+)
 from secondary_sinks.observe.streaming_attention import StreamingAttention
 from secondary_sinks.observe.streaming_check import StreamingCheck, check_streaming
 
@@ -77,25 +82,45 @@ def path_of_attention(
 
 
 @contextmanager
-def streamed_attention(
+def measured_attention(
     model: Any,
     lengths: Sequence[int],
     request: ColumnRequest,
     receive: Receive,
-    path: AttentionPath = "streaming",
-) -> Iterator[None]:
-    """Within the context the model's attention is streamed, and `receive` gets its columns.
+    path: AttentionPath,
+) -> Iterator[list[tuple[Site, Observer]]]:
+    """Within the context attention takes a path, and `receive` gets its columns.
 
     Args:
         model: a model for which `path_of_attention` returned this path.
         lengths: number of tokens of every text of the batch, without the padding on its right.
         request: which column statistics to compute.
         receive: called once for each layer, with one `AttentionColumns` for each text.
-        path: "streaming" or "fused".
+        path: as `path_of_attention` returned it.
+
+    Yields:
+        Observers that the pass needs.
 
     Raises:
-        ModelError: at the end, if a layer did not run its attention exactly once.
+        ModelError: at the end, if a layer of another path than "eager" did not run its attention
+            exactly once.
     """
+    if path == "eager":
+        with eager_columns(model, lengths, request, receive) as observers:
+            yield observers
+    else:
+        with _streamed(model, lengths, request, receive, path):
+            yield []
+
+
+@contextmanager
+def _streamed(
+    model: Any,
+    lengths: Sequence[int],
+    request: ColumnRequest,
+    receive: Receive,
+    path: AttentionPath,
+) -> Iterator[None]:
     # The share of a learned sink logit follows from the softmax denominator.
     log_sum_exp = request.log_sum_exp or request.entropy
     kernel = _kernel(model, path, lengths, replace(request, log_sum_exp=log_sum_exp))
@@ -104,7 +129,7 @@ def streamed_attention(
     def attend(layer: int, inputs: AttentionInputs) -> Tensor:
         calls[layer] += 1
         output, columns = kernel(inputs)
-        columns = [part.measured(inputs.window, inputs.sink_logits) for part in columns]
+        columns = [part.with_total(inputs.sink_logits) for part in columns]
         if request.inputs:
             columns = [
                 replace(part, inputs=inputs.of_text(row, length))

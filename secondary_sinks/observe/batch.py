@@ -27,13 +27,12 @@ from secondary_sinks.observe.attention_columns import (
     ATTENTION,
     AttentionColumns,
     ColumnRequest,
-    pattern_readers,
 )
 from secondary_sinks.observe.attention_path import (
     AttentionChoice,
     AttentionPath,
+    measured_attention,
     path_of_attention,
-    streamed_attention,
 )
 from secondary_sinks.observe.collectors import Collector, Run
 
@@ -122,13 +121,12 @@ def run_batch(
     )
     lengths = [len(text) for text in texts]
     observers = [(site, observer(site, indices)) for site, indices in indices_at.items()]
-    if path == "eager" and attention_readers:
-        observers += pattern_readers(n_layers, lengths, request, receive)
-    streamed = streamed_attention(model, lengths, request, receive, path)
+    needs_columns = attention_readers or path != "eager"
+    measured = measured_attention(model, lengths, request, receive, path)
     tokens, mask = pad(texts)
     try:
-        with nullcontext() if path == "eager" else streamed:
-            forward(model, tokens, observers, fwd_hooks=fwd_hooks, attention_mask=mask)
+        with measured if needs_columns else nullcontext([]) as readers:
+            forward(model, tokens, [*observers, *readers], fwd_hooks=fwd_hooks, attention_mask=mask)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -30,6 +30,7 @@ from torch.nn.attention import flex_attention as flex
 
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.attention_replaced import AttentionInputs
+from secondary_sinks.host.visible_keys import n_visible_within
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.streaming_attention import StreamingAttention
 
@@ -145,6 +146,7 @@ class FusedAttention:
         return AttentionColumns(
             received=lse[0].exp(),
             own=own,
+            n_visible=n_visible_within(n_tokens, text.window),
             log_sum_exp=log_sum if self._request.log_sum_exp else None,
         )
 

@@ -222,7 +222,8 @@ class _Worker:
     def run(self, text: _Text, blocks: Sequence[_Block]) -> AttentionColumns:
         """Fill the output of these blocks, and sum their columns."""
         n_heads, n_tokens, _ = text.query.shape
-        columns = AttentionColumns.zeros(n_heads, n_tokens, self._request, text.query.device)
+        device = text.query.device
+        columns = AttentionColumns.zeros(n_heads, n_tokens, text.window, self._request, device)
         for block in blocks:
             weights, log_sum = self._attend(text, block)
             self._reduce(weights, block, columns)

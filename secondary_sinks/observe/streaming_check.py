@@ -22,7 +22,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ from secondary_sinks.host.sites import Site
 from secondary_sinks.observe.attention_columns import (
     AttentionColumns,
     ColumnRequest,
-    pattern_readers,
+    eager_columns,
 )
 from secondary_sinks.observe.streaming_attention import StreamingAttention
 
@@ -196,11 +196,13 @@ def _run(model: Any, tokens: Tensor, *, stream: bool) -> _Pass:
             result.hooks[str(hook.name)].append((tuple(activation.shape), norm))
 
     readers = [(Site("resid_post", layer), residual_reader(layer)) for layer in range(n_layers)]
-    if not stream:
-        readers += pattern_readers(n_layers, lengths, ColumnRequest(), receive)
-    replaced = replaced_attention(model, attend) if stream else nullcontext()
-    with warnings.catch_warnings(), replaced:
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")  # about hooks that the model's settings switch off
+        if stream:
+            stack.enter_context(replaced_attention(model, attend))
+        else:
+            columns = eager_columns(model, lengths, ColumnRequest(), receive)
+            readers += stack.enter_context(columns)
         forward(
             model,
             tokens.expand(2, -1),

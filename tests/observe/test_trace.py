@@ -58,7 +58,7 @@ def test_scores_are_those_of_the_full_pattern(tiny, family, tokens_of):
         tokens_of(N),
         [
             Pattern(),
-            ss.SinkScores(min_queries=4),
+            ss.SinkScores("all_later", min_queries=4),
             ss.SinkScores("gu", name="gu"),
         ],
     )
