@@ -42,10 +42,11 @@ from secondary_sinks.host.queries_keys import (
     query_key_biases,
     query_key_plan,
 )
+from secondary_sinks.host.visible_keys import is_visible
+from secondary_sinks.observe.attention_columns import ATTENTION
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result, counted
-from secondary_sinks.sinks.attention_baseline import uniform_score
 from secondary_sinks.sinks.controls import matched_controls, ordinary_tokens
 from secondary_sinks.sinks.selection import check_map
 from secondary_sinks.sinks.sink import Kind, Sink
@@ -144,7 +145,7 @@ def head_reads(
             }
         ),
         score=rearrange(score, "layer head sink -> sink layer head"),
-        uniform_score=uniform_score(sink_map.n_tokens)[positions],
+        uniform_score=reads.uniform_score,
         entropy=reads.heads["entropy"],
         uniform_entropy=reads.uniform_entropy,
         sink_attention=reads.heads["sink_attention"],
@@ -209,8 +210,8 @@ class HeadReads(Result):
     """To the keys of each sink's matched tokens, mean over them."""
     score: Float[Tensor, " sink layer head"]
     """Sink score in all layers; NaN for tokens with too few later queries."""
-    uniform_score: Float[Tensor, " sink"]
-    """What it would be if attention were uniform."""
+    uniform_score: Float[Tensor, " sink layer"]
+    """What it would be if attention were uniform over the visible keys."""
     entropy: Float[Tensor, " layer head"]
     """Of the attention of a query, in nats, mean over queries."""
     uniform_entropy: Float[Tensor, " layer"]
@@ -270,7 +271,7 @@ class HeadReads(Result):
         """Heads that look at that kind of sink: with a score of `min_score` or more, and
         `MIN_UNIFORM` times what uniform attention would give."""
         score = self._total(self.score, kind)
-        uniform = self._total(self.uniform_score[:, None, None].expand_as(self.score), kind)
+        uniform = self._total(self.uniform_score[:, :, None].expand_as(self.score), kind)
         return (score >= self.min_score) & (score >= MIN_UNIFORM * uniform)
 
     def of_kind(
@@ -387,9 +388,10 @@ class _Reads(Collector):
     def __init__(
         self, model: Model, sink_map: SinkMap, read: Sequence[ReadSink], plan: QueryKeyPlan
     ):
-        self.sites = ("v", *plan.sites, "attn_scores", "pattern")
+        self.sites = ("v", *plan.sites, "attn_scores", "pattern", ATTENTION)
+        self._positions = [sink.position for sink in read]
         matched = [position for sink in read for position in sink.matched]
-        self._keys = torch.tensor([*(sink.position for sink in read), *matched])
+        self._keys = torch.tensor([*self._positions, *matched])
         n_layers = int(sink_map.n_layers or 0)
         self._biases = [query_key_biases(model, layer) for layer in range(n_layers)]
         self._shown = [
@@ -409,18 +411,20 @@ class _Reads(Collector):
         names = ("entropy", "sink_attention", "value_seen", "dormant")
         self.heads = {name: torch.full(shape, torch.nan) for name in names}
         self.uniform_entropy = torch.full((run.n_layers,), torch.nan)
+        self.uniform_score = torch.full((len(self._positions), run.n_layers), torch.nan)
         self.errors: list[float] = []
         self.dtype = torch.float32
         self.shows_scores = True
         self.has_biases = any(bias is not None for pair in self._biases for bias in pair)
         self._n_heads = run.n_heads
         self._seen: dict[str, Tensor] = {}
-        # Where the hook of the scores shows weights, it comes after the pattern's.
-        self._visible: Tensor = torch.ones(run.n_tokens, run.n_tokens, dtype=torch.bool).tril()
 
-    def update(self, site: str, layer: int | None, activation: Tensor) -> None:
+    def update(self, site: str, layer: int | None, activation: Any) -> None:
         layer = cast(int, layer)
-        if site == "attn_scores":
+        if site == ATTENTION:
+            self.uniform_entropy[layer] = activation.n_visible[self._queries].log().mean()
+            self.uniform_score[:, layer] = activation.uniform_score[self._positions]
+        elif site == "attn_scores":
             self.dtype = activation.dtype
             self._take_scores(layer, activation)
         elif site == "pattern":
@@ -441,13 +445,11 @@ class _Reads(Collector):
         self.logits[name][:, layer] = value.cpu()
 
     def _take_scores(self, layer: int, scores: Float[Tensor, " head query key"]) -> None:
-        visible = scores[0] > 0.9 * max(torch.finfo(scores.dtype).min, -1e30)
+        visible = is_visible(scores[0])
         if bool(visible[0, 1:].any()):
             # Weights after the softmax: nothing is hidden in them, and they are not logits.
             self.shows_scores = False
-            self._visible = torch.ones_like(visible).tril()
             return
-        self._visible = visible
         visible = visible[:, self._keys]
         weights = later_queries(visible, self._keys)
         logits = scores[:, :, self._keys].float().masked_fill(~visible, 0)
@@ -544,8 +546,6 @@ class _Reads(Collector):
         }
         for name, value in per_query.items():
             self.heads[name][layer] = value.mean(dim=1).cpu()
-        n_visible = self._visible.to(pattern.device)[queries].sum(dim=1)
-        self.uniform_entropy[layer] = float(n_visible.log().mean())
 
 
 def mean_by_group(

@@ -31,6 +31,7 @@ from secondary_sinks.host.forward import fired
 from secondary_sinks.host.identity import hooks_aside
 from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.sites import Site
+from secondary_sinks.host.visible_keys import is_visible
 
 Rotation = Literal["none", "read", "computed", "unknown"]
 Pairing = Literal["", "halves", "doubled halves", "neighbors", "repeated neighbors"]
@@ -219,12 +220,10 @@ def _probe(model: Any) -> tuple[list[dict[str, Tensor]], float]:
         seen = fired(model, tokens, [Site(name, x) for name in names for x in range(n_layers)])
     layers: list[dict[str, Tensor]] = [{} for _ in range(n_layers)]
     for (name, layer), value in seen.items():
-        shown = value[0].float()
+        activation = value[0].float()
         if name == "attn_scores":
-            # Hidden keys have the most negative number of the model's precision, or minus infinity.
-            hidden = value[0] <= 0.9 * max(torch.finfo(value.dtype).min, -1e30)
-            shown = shown.masked_fill(hidden, -torch.inf)
-        layers[int(layer or 0)][name] = shown
+            activation = activation.masked_fill(~is_visible(value[0]), -torch.inf)
+        layers[int(layer or 0)][name] = activation
     return layers, max(torch.finfo(value.dtype).eps for value in seen.values())
 
 

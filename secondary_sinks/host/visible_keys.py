@@ -21,7 +21,7 @@ from torch import Tensor
 from secondary_sinks.host.model_info import generation_of
 
 
-def shown(scores: Float[Tensor, " *batch query key"]) -> Bool[Tensor, " *batch query key"]:
+def is_visible(scores: Float[Tensor, " *batch query key"]) -> Bool[Tensor, " *batch query key"]:
     """Which keys are not hidden in attention scores or in a mask that is added to them.
 
     Hidden ones have the most negative number of the precision, or minus infinity.
@@ -101,5 +101,5 @@ def _counts(
     """How many keys a mask shows to each query."""
     of_text = mask[row if len(mask) > 1 else 0, 0, :n_tokens, :n_tokens]
     # Some models mark hidden keys with True, others visible ones; the first query sees itself.
-    visible = of_text == of_text[0, 0] if of_text.dtype == torch.bool else shown(of_text)
+    visible = of_text == of_text[0, 0] if of_text.dtype == torch.bool else is_visible(of_text)
     return visible.sum(dim=-1).float().cpu()

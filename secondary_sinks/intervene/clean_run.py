@@ -20,6 +20,7 @@ from torch import Tensor
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site
+from secondary_sinks.host.visible_keys import is_visible
 from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.observe.attention_columns import ATTENTION, AttentionColumns, ColumnRequest
 from secondary_sinks.observe.collectors import Collector, Run
@@ -262,10 +263,8 @@ class _Visible(Collector):
         self._kind_of_layer: list[int] = []
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
-        # Hidden keys have the most negative number of the dtype, or minus infinity. All heads see
-        # the same keys, so one is read.
-        hidden = 0.9 * max(torch.finfo(activation.dtype).min, -1e30)
-        visible = (activation[0] > hidden).cpu()
+        # All heads see the same keys, so one is read.
+        visible = is_visible(activation[0]).cpu()
         kinds = enumerate(self._kinds)
         kind = next((index for index, known in kinds if torch.equal(known, visible)), None)
         if kind is None:

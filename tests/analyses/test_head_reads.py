@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import dataclasses
 import functools
 
@@ -329,9 +330,10 @@ def test_qwen_queries_like_sinks_whatever_they_say(qwen):
     assert heads.error < 1e-3
 
 
-@pytest.mark.parametrize("unmaskable", ["opt", "gptj"])
+@pytest.mark.parametrize("unmaskable", ["opt", "gptj", "gpt-neo"])
 def test_models_that_show_weights_have_attention_and_no_logits(tiny, tokens_of, unmaskable):
-    """In these the hook of the scores fires last, with what the pattern's fired with."""
+    """In these the hook of the scores fires last, with what the pattern's fired with, so that it
+    does not show GPT-Neo's window either."""
     model, tokens = tiny(unmaskable), tokens_of(24)
     heads = ss.head_reads(model, arranged(model, tokens), n_matched=3)
     assert "no logits" in heads.notes[0]
@@ -339,6 +341,11 @@ def test_models_that_show_weights_have_attention_and_no_logits(tiny, tokens_of, 
     _, cache = model.run_with_cache(tokens[None])
     for layer in range(3):
         if layer in heads.sinks[0].shown:
-            later = cache[f"blocks.{layer}.attn.hook_pattern"][0, :, 1:, 0].mean(dim=1)
+            n_seeing = 7 if unmaskable == "gpt-neo" and layer == 1 else 23  # a window of 8
+            later = cache[f"blocks.{layer}.attn.hook_pattern"][0, :, 1:, 0].sum(dim=1) / n_seeing
             torch.testing.assert_close(heads.primary_score[layer], later, rtol=1e-3, atol=1e-4)
     assert (heads.entropy <= heads.uniform_entropy[:, None] + 1e-4).all()
+    if unmaskable == "gpt-neo":
+        assert heads.uniform_entropy[1] <= math.log(8) + 1e-6 < heads.uniform_entropy[0]
+        uniform = [sum(1 / n for n in range(2, last + 1)) / (last - 1) for last in (24, 8, 24)]
+        assert heads.uniform_score[0].tolist() == pytest.approx(uniform)

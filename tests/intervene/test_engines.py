@@ -161,6 +161,31 @@ def test_an_edit_that_changes_nothing_gives_the_clean_token(text_in, family):
     assert torch.equal(rows.lifetime, rows.clean_lifetime)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize("engine", ["cached", "packed", "full"])
+def test_scores_of_rows_count_the_queries_within_a_window(tiny, tokens_of, kind, engine):
+    """Far from the end of the text, whose length must not matter, and at its last tokens."""
+    model, tokens = tiny(kind), tokens_of(30)
+    sink_map = ss.detect_sinks(model, tokens)
+    _, cache = model.run_with_cache(tokens[None])
+    positions = [0, 4, 25, 28]
+    unedited = [I("mlp_out", 1, position, ss.Scale(1.0)) for position in positions]
+    rows = ss.counterfactuals(model, sink_map, unedited, method=engine, progress=False)
+    for row, position in enumerate(positions):
+        for layer in range(3):
+            has_window = kind != "gpt-oss" or layer != 1
+            seeing = slice(position + 1, position + 8 if has_window else None)
+            weight = cache["pattern", layer][0, :, seeing, position]
+            torch.testing.assert_close(
+                rows.direct_score[row, layer], weight.mean(dim=1), rtol=1e-3, atol=1e-5
+            )
+            if rows.totals is not None:
+                total = rows.totals.sink_score[row, layer, position]
+                torch.testing.assert_close(total, weight.mean(), rtol=1e-3, atol=1e-5)
+    clean = sink_map.mean_attention.permute(2, 0, 1)[positions]
+    torch.testing.assert_close(rows.direct_score, clean, rtol=1e-3, atol=1e-5)
+
+
 def test_full_rows_are_what_run_with_hooks_gives(text_in):
     """Full passes against TransformerLens by hand: one edit, one pass over the whole text."""
     model, sink_map = text_in("llama")

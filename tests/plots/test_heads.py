@@ -49,7 +49,7 @@ def invented(n_layers, n_heads, *, n_sinks=3):
         sink=logits(),
         ordinary=logits(),
         score=torch.rand(n_sinks, *shape, generator=generator),
-        uniform_score=torch.zeros(n_sinks),
+        uniform_score=torch.zeros(n_sinks, n_layers),
         entropy=torch.rand(shape, generator=generator),
         uniform_entropy=torch.ones(n_layers),
         sink_attention=torch.rand(shape, generator=generator),
