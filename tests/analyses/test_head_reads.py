@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
