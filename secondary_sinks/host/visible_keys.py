@@ -88,8 +88,10 @@ def visible_keys_read(
 
     with ExitStack() as stack:
         for layer, block in enumerate(model.blocks):
-            hook = block.attn.register_forward_pre_hook(reader(layer), with_kwargs=True)
-            stack.callback(hook.remove)
+            attention = getattr(block, "attn", None)
+            if isinstance(attention, torch.nn.Module):
+                hook = attention.register_forward_pre_hook(reader(layer), with_kwargs=True)
+                stack.callback(hook.remove)
         yield n_visible
 
 

@@ -175,9 +175,8 @@ class AttentionColumns:
         Args:
             pattern: weights.
             request: which columns to compute.
-            n_visible: number of keys that each query sees. If it is not known, the farthest key to
-                which the query or a later one gives any weight in any head is taken for the first
-                that the query sees.
+            n_visible: number of keys that each query sees. If it is not known, every query is taken
+                to see as far back as the one that gives weight to the farthest key, in any head.
         """
         own = pattern.diagonal(dim1=1, dim2=2).float()
         entropy = total = None
@@ -239,8 +238,8 @@ def eager_columns(
 def _n_visible_in(pattern: Float[Tensor, " head query key"]) -> Float[Tensor, " query"]:
     """How many keys each query sees, as far as a pattern shows."""
     farthest = (pattern > 0).any(dim=0).float().argmax(dim=-1).cpu()
-    first = farthest.flip(0).cummin(dim=0).values.flip(0)
-    return torch.arange(1.0, len(first) + 1) - first
+    reach = torch.arange(1, len(farthest) + 1) - farthest
+    return n_visible_within(len(reach), int(reach.max()))
 
 
 def _sum_over_seeing(

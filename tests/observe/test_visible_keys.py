@@ -3,10 +3,14 @@ shows; and means over exactly these."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import secondary_sinks as ss
+from secondary_sinks.host.visible_keys import visible_keys_read
+from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 
 N = 30
 WIDTH = 8  # of the tiny models' windows
@@ -135,6 +139,41 @@ def test_the_score_of_the_first_token_does_not_fall_with_the_length_of_the_text(
         torch.testing.assert_close(short[name][:, :, 0], short["SinkScores"][:, :, 0])
     torch.testing.assert_close(long["SinkScores"][:, :, 0], short["SinkScores"][:, :, 0])
     torch.testing.assert_close(long["all"][:, :, 0] * 99, short["SinkScores"][:, :, 0] * 7)
+
+
+class HookedTransformer(torch.nn.Module):
+    """As little of TransformerLens 3's as tells its windows: the masks are inside its modules."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.attn_type, self.cfg = kind, SimpleNamespace(window_size=WIDTH)
+
+        def forward(self, attention_mask):
+            return attention_mask
+
+    def __init__(self, *kinds):
+        super().__init__()
+        self.blocks = [SimpleNamespace(attn=self.Attention(kind)) for kind in kinds]
+
+
+def test_a_hooked_transformer_tells_its_windows():
+    model = HookedTransformer("global", "local")
+    with visible_keys_read(model, [5, 12]) as n_visible:
+        for block in model.blocks:
+            block.attn(attention_mask=torch.ones(2, 12))
+    assert n_visible[0].tolist() == list(range(1, 13))
+    assert n_visible[1].tolist() == [1, 2, 3, 4, 5, 6, 7, *[WIDTH] * 5]
+    assert not any(block.attn._forward_pre_hooks for block in model.blocks)
+
+
+def test_without_a_mask_the_pattern_tells():
+    """A weight of 0 does not count as hidden if some query reaches as far."""
+    pattern = within_window(12, 5).float()[None]
+    pattern[0, 7, 3] = pattern[0, 5, 1] = 0
+    columns = AttentionColumns.of_pattern(pattern / pattern.sum(-1, keepdim=True), ColumnRequest())
+    assert columns.n_visible.tolist() == [1, 2, 3, 4, *[5] * 8]
+    assert columns.n_seeing.tolist() == [*[4] * 8, 3, 2, 1, 0]
 
 
 def test_an_unknown_convention_is_refused():
