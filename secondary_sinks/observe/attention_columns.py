@@ -41,6 +41,22 @@ from secondary_sinks.host.visible_keys import n_visible_within, visible_keys_rea
 ATTENTION = "attention"
 """The site whose activation is an `AttentionColumns`, one for each layer."""
 
+MAX_SEGMENT = 64
+"""Most queries of a segment."""
+
+
+def segment_length(n_visible: Float[Tensor, " query"]) -> int:
+    """Queries of a segment: from 8 to `MAX_SEGMENT`, a 32nd of the text or of a sliding window."""
+    return min(max(int(n_visible.max()) // 32, 8), MAX_SEGMENT)
+
+
+def segments_of(queries: slice, length: int) -> Iterator[tuple[int, slice]]:
+    """The segments that a run of queries touches, each with the part of the run that is in it."""
+    for segment in range(queries.start // length, (queries.stop - 1) // length + 1):
+        start = max(queries.start, segment * length)
+        stop = min(queries.stop, (segment + 1) * length)
+        yield segment, slice(start, stop)
+
 
 @dataclass(frozen=True)
 class ColumnRequest:
@@ -54,6 +70,8 @@ class ColumnRequest:
     """The entropy of each query's weights, and their sum."""
     log_sum_exp: bool = False
     """The logarithm of each query's softmax denominator."""
+    segments: bool = False
+    """The sums of each segment of queries (`segment_length`), over all heads."""
     inputs: bool = False
     """Queries, keys and values themselves, which are as large as activations."""
 
@@ -70,6 +88,7 @@ class ColumnRequest:
             thresholds=tuple(sorted({*self.thresholds, *other.thresholds})),
             entropy=self.entropy or other.entropy,
             log_sum_exp=self.log_sum_exp or other.log_sum_exp,
+            segments=self.segments or other.segments,
             inputs=self.inputs or other.inputs,
         )
 
@@ -96,6 +115,8 @@ class AttentionColumns:
     log_sum_exp: Float[Tensor, " head query"] | None = None
     """Logarithm of the sum of exponentials of each query's logits, including a learned sink logit.
     Only of streamed attention: a pattern does not determine it."""
+    by_segment: Float[Tensor, " segment token"] | None = None
+    """Sum over all heads and the later queries of each segment of A[i, t]."""
     inputs: AttentionInputs | None = None
     """Queries, keys and values, with a batch of this text alone. Only of streamed attention."""
     total: Float[Tensor, " head query"] | None = None
@@ -128,14 +149,19 @@ class AttentionColumns:
         def zeros() -> Tensor:
             return torch.zeros(n_heads, n_tokens, device=device)
 
+        n_visible = n_visible_within(n_tokens, window)
+        n_segments = -(-n_tokens // segment_length(n_visible))
         return cls(
             received=zeros(),
             own=zeros(),
-            n_visible=n_visible_within(n_tokens, window),
+            n_visible=n_visible,
             maximum=zeros() if request.maximum else None,
             above={threshold: zeros() for threshold in request.thresholds} or None,
             entropy=zeros() if request.entropy else None,
             log_sum_exp=zeros() if request.log_sum_exp else None,
+            by_segment=torch.zeros(n_segments, n_tokens, device=device)
+            if request.segments
+            else None,
         )
 
     def add(self, other: AttentionColumns) -> None:
@@ -147,7 +173,7 @@ class AttentionColumns:
 
     def _sums(self) -> list[Tensor]:
         """Everything that adds up over queries; values of one query are 0 in columns of others."""
-        always = (self.received, self.own, self.entropy, self.log_sum_exp)
+        always = (self.received, self.own, self.entropy, self.log_sum_exp, self.by_segment)
         return [part for part in (*always, *(self.above or {}).values()) if part is not None]
 
     def with_total(self, sink_logits: Float[Tensor, " head"] | None) -> AttentionColumns:
@@ -183,11 +209,13 @@ class AttentionColumns:
         if request.entropy:
             entropy = torch.special.entr(pattern.float()).sum(dim=-1)
             total = pattern.sum(dim=-1, dtype=torch.float32)
+        if n_visible is None:
+            n_visible = _n_visible_in(pattern)
         later = pattern.float().tril(-1) if request.maximum or request.thresholds else None
         return cls(
             received=pattern.sum(dim=1, dtype=torch.float32) - own,
             own=own,
-            n_visible=_n_visible_in(pattern) if n_visible is None else n_visible,
+            n_visible=n_visible,
             maximum=None if later is None or not request.maximum else later.amax(dim=1),
             above=None
             if later is None or not request.thresholds
@@ -197,6 +225,7 @@ class AttentionColumns:
             },
             entropy=entropy,
             total=total,
+            by_segment=_by_segment(pattern, n_visible) if request.segments else None,
         )
 
 
@@ -240,6 +269,14 @@ def _n_visible_in(pattern: Float[Tensor, " head query key"]) -> Float[Tensor, " 
     farthest = (pattern > 0).any(dim=0).float().argmax(dim=-1).cpu()
     reach = torch.arange(1, len(farthest) + 1) - farthest
     return n_visible_within(len(reach), int(reach.max()))
+
+
+def _by_segment(
+    pattern: Float[Tensor, " head query key"], n_visible: Float[Tensor, " query"]
+) -> Float[Tensor, " segment token"]:
+    over_heads = pattern.sum(dim=0, dtype=torch.float32).fill_diagonal_(0)
+    parts = segments_of(slice(0, len(n_visible)), segment_length(n_visible))
+    return torch.stack([over_heads[queries].sum(dim=0) for _, queries in parts])
 
 
 def _sum_over_seeing(

@@ -37,7 +37,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.host.attention_replaced import AttentionInputs
-from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
+from secondary_sinks.observe.attention_columns import (
+    AttentionColumns,
+    ColumnRequest,
+    segment_length,
+    segments_of,
+)
 
 _DISTRIBUTED_FROM = 1025
 """Tokens of a text from which on its blocks are distributed over threads."""
@@ -273,7 +278,14 @@ class _Worker:
         columns.own[heads, queries] = diagonal
         diagonal.zero_()
         line = self._buffer("line", (n_heads, n_keys), weights)
-        columns.received[heads, keys] += torch.sum(weights, dim=1, out=line)
+        if columns.by_segment is None:
+            columns.received[heads, keys] += torch.sum(weights, dim=1, out=line)
+        else:
+            length = segment_length(columns.n_visible)
+            for segment, part in segments_of(queries, length):
+                inside = slice(part.start - queries.start, part.stop - queries.start)
+                columns.received[heads, keys] += torch.sum(weights[:, inside], dim=1, out=line)
+                columns.by_segment[segment, keys] += line.sum(dim=0)
         if columns.maximum is not None:
             largest = columns.maximum[heads, keys]
             torch.maximum(largest, torch.amax(weights, dim=1, out=line), out=largest)
