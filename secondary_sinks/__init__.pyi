@@ -72,12 +72,15 @@ from .observe.collectors import Norms as Norms
 from .observe.collectors import ResidualNorms as ResidualNorms
 from .observe.collectors import Run as Run
 from .observe.residual_geometry import ResidualGeometry as ResidualGeometry
+from .observe.steady_attention import SteadyAttention as SteadyAttention
 from .observe.trace import Trace as Trace
 from .observe.trace import trace as trace
 from .planted.planted_model import planted_model as planted_model
 from .planted.planted_model import random_planted as random_planted
 from .plots.plot_sink_levels import plot_sink_levels as plot_sink_levels
 from .plots.style import save_figure as save_figure
+from .sinks.attention_check import AttentionCheck as AttentionCheck
+from .sinks.attention_check import attention_check as attention_check
 from .sinks.detect_sinks import detect_sinks as detect_sinks
 from .sinks.levels import SinkLevels as SinkLevels
 from .sinks.levels import sink_levels as sink_levels

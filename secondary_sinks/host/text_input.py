@@ -42,6 +42,15 @@ class TokenizedText:
         return int(self.tokens.shape[0])
 
 
+def bos_of(model: Any) -> int | None:
+    """The id of the model's beginning-of-sequence token; None without one or without a tokenizer.
+
+    In packed texts it begins a document wherever it stands.
+    """
+    bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    return None if bos is None else int(bos)
+
+
 def plain_input(text: Any, attention_mask: Any = None) -> tuple[Any, Tensor | None]:
     """Token ids as people have them, as tensors; strings, conversations and tensors as they are.
 

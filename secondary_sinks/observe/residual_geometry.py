@@ -4,7 +4,9 @@ A large part of every residual can be the same for all tokens. It does not count
 sink, so alignment and magnitude are measured a second time without it ("centered"). The *common
 component* of a layer is the mean residual of its *background tokens*: those whose norm is at most
 1.5 times the lower quartile of the layer's norms. It is the quartile and not the median, because in
-a repetitive text most tokens can be sinks.
+a repetitive text most tokens can be sinks. Where so many are that the quartile itself is one, the
+tokens that are *alike*, comparable in norm and direction with the largest of the first tokens and
+apart from smaller ones, are left out before.
 """
 
 from __future__ import annotations
@@ -18,6 +20,12 @@ from torch import Tensor
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.sites import FINAL_NORM
 from secondary_sinks.observe.collectors import Collector, Run
+
+ALIKE_NORM, ALIKE_COSINE, ALIKE_GAP = 0.2, 0.9, 3.0
+"""A token is alike to another if its norm is at least this share of the other's, their cosine at
+least this, and its norm at least so many times the median of those that are not alike."""
+MOST_ALIKE = 0.5
+"""Share of alike tokens up to which the quartile alone tells the background tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Geometry:
     """Median norm of the background tokens."""
     background_centered_norm: Float[Tensor, " layer"]
     """Their median norm without the common component."""
+    share_alike: Float[Tensor, " layer"]
+    """Share of the tokens that were left out before, as alike to one of the first tokens."""
 
 
 class ResidualGeometry(Collector):
@@ -95,6 +105,7 @@ class ResidualGeometry(Collector):
             common=torch.zeros(n_layers, run.d_model),
             background_norm=torch.zeros(n_layers),
             background_centered_norm=torch.zeros(n_layers),
+            share_alike=torch.zeros(n_layers),
         )
 
     def update(self, site: str, layer: int | None, activation: Tensor) -> None:
@@ -107,7 +118,9 @@ class ResidualGeometry(Collector):
         candidates = list(geometry.candidates)
         residual = activation.float()
         norm = torch.linalg.vector_norm(residual, dim=-1)
-        background = _background(norm)
+        alike = _alike(residual, norm, candidates)
+        background = _background(norm, alike)
+        geometry.share_alike[layer] = alike.float().mean().cpu()
         common = mean_of(residual, background)
         centered = residual - common
         centered_norm = torch.linalg.vector_norm(centered, dim=-1)
@@ -175,8 +188,25 @@ def mean_of(
     return mean
 
 
-def _background(norm: Float[Tensor, " token"]) -> Bool[Tensor, " token"]:
-    return norm <= 1.5 * norm.quantile(0.25)
+def _background(
+    norm: Float[Tensor, " token"], alike: Bool[Tensor, " token"] | None = None
+) -> Bool[Tensor, " token"]:
+    others = norm if alike is None else norm[~alike]
+    return norm <= 1.5 * others.quantile(0.25)
+
+
+def _alike(
+    residual: Float[Tensor, " token d_model"], norm: Float[Tensor, " token"], candidates: list[int]
+) -> Bool[Tensor, " token"]:
+    """Tokens like the largest of the candidates, if they are more than the quartile can bear."""
+    largest = residual[candidates][norm[candidates].argmax()]
+    top = norm[candidates].max()
+    near = (norm >= ALIKE_NORM * top) & (
+        torch.cosine_similarity(residual, largest, dim=-1) >= ALIKE_COSINE
+    )
+    # In many models all tokens point the same way; only a gap in norm sets some apart.
+    is_apart = bool((~near).any()) and norm[near].min() >= ALIKE_GAP * norm[~near].median()
+    return near if is_apart and near.float().mean() > MOST_ALIKE else torch.zeros_like(near)
 
 
 def _cosines(

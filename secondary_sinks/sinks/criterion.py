@@ -6,9 +6,10 @@ A token is a sink after block l if three things hold at the same time:
   common component, so that a direction shared by all tokens does not count as evidence of a sink;
 * *magnitude*: its norm without the common component is larger than the median background token's;
 * *attention*: over its life, later tokens attend to it much more than to ordinary tokens nearby, in
-  the heads that read the primary. "Nearby" matters: early tokens are seen by queries with few other
-  keys, late ones by their neighbors. The heads matter too: only some read the sink direction, and
-  the others would hide these.
+  the heads that read the primary, and enough that it matters among all heads
+  (`sinks.attention_baseline`).
+
+A life has at least two layers: on the way to a phase many tokens lean towards the primary for one.
 
 All of it happens inside a *primary phase*: a run of layers in which the primary token is massive,
 keeps its direction from one layer to the next, and itself draws attention. A model may have several
@@ -40,7 +41,9 @@ from secondary_sinks.sinks.attention_baseline import AttentionBaseline
 DEFAULTS: dict[str, float | int] = {
     "min_alignment": 0.9,
     "min_norm_ratio": 1.5,
-    "min_attention_ratio": 3.0,
+    "min_attention_ratio": 7.0,
+    "min_strength": 0.22,
+    "min_lifetime": 2,
     "min_primary_ratio": 3.0,
     "min_queries": 8,
 }
@@ -49,16 +52,15 @@ DEFAULTS: dict[str, float | int] = {
 * `min_alignment`: the paper's 0.9, here without the common component. It asks that the vector
   written along the sink direction be about twice as long as everything else the token has.
 * `min_norm_ratio`: norm over the median background token's, both without the common component.
-* `min_attention_ratio`: attention drawn over that of ordinary tokens nearby
-  (`sinks.attention_baseline`). Sinks of planted models begin at 14, decoys end at 0.2, ordinary
-  tokens scatter around 1.
+* `min_attention_ratio`: attention drawn over that of ordinary tokens nearby. Ordinary tokens of
+  three models scatter around 1.3, with one in a hundred above 7; sinks begin at 13.
+* `min_strength`: attention drawn, in a unit that does not depend on the length of the text. See
+  `experiments/detection.py` for the sinks and other tokens of three models.
+* `min_lifetime`: number of layers.
 * `min_primary_ratio`: norm ratio from which the primary token counts as massive.
 * `min_queries`: tokens with fewer later queries do not count in the attention baseline and have no
   sink score of their own.
 """
-
-LEAST_DRAWN = 0.1
-"""Least attention that a sink draws, over that of uniform attention."""
 
 
 @dataclass(frozen=True)
@@ -92,21 +94,58 @@ class Criterion:
                 which then say nothing.
             positions: where each item stands; by default item t is token t.
         """
+        return self._judge(centered_alignment, centered_norm, score, positions)[0]
+
+    def undecided(
+        self,
+        centered_alignment: Float[Tensor, " layer token"],
+        centered_norm: Float[Tensor, " layer token"],
+        score: Float[Tensor, " layer head token"],
+    ) -> list[list[tuple[int, ...]]]:
+        """For each token, what would be lives if a later token existed that could attend to it."""
+        return self._judge(centered_alignment, centered_norm, score, None)[1]
+
+    def _judge(
+        self,
+        centered_alignment: Float[Tensor, " layer item"],
+        centered_norm: Float[Tensor, " layer item"],
+        score: Float[Tensor, " layer head item"],
+        positions: Int[Tensor, " item"] | None,
+    ) -> tuple[list[list[tuple[int, ...]]], list[list[tuple[int, ...]]]]:
+        """Lives, and lives that no attention can decide, of each item."""
         aligned = is_aligned(
             centered_alignment, centered_norm, self.background_norm, self.thresholds
         )
-        ratio = self.baseline.ratio(score, positions)
-        drawn = self.baseline.drawn(score, positions)
-        where = range(score.shape[2]) if positions is None else positions.tolist()
-        return [
-            [
+        has_attention = self.baseline.has_attention
+        ratio = next_layer(self.baseline.ratio(score, positions), has_attention)
+        strength = next_layer(self.baseline.strength(score, positions), has_attention)
+        lives: list[list[tuple[int, ...]]] = []
+        undecided: list[list[tuple[int, ...]]] = []
+        for item in range(score.shape[2]):
+            possible = [
                 life
                 for start, end in self.phases
                 for life in runs(aligned[start:end, item], offset=start)
-                if self._draws_attention(ratio[:, item], drawn[:, item], life, position)
+                if len(life) >= self.thresholds["min_lifetime"]
             ]
-            for item, position in enumerate(where)
-        ]
+            lives.append([life for life in possible if self._draws(ratio, strength, life, item)])
+            unseen = bool(torch.isnan(ratio[:, item]).all())
+            undecided.append(possible if unseen else [])
+        return lives, undecided
+
+    def _draws(
+        self,
+        ratio: Float[Tensor, " layer item"],
+        strength: Float[Tensor, " layer item"],
+        life: tuple[int, ...],
+        item: int,
+    ) -> bool:
+        """The test of attention, over a whole life."""
+        rows = list(life)
+        return bool(
+            ratio[rows, item].nanmean() >= self.thresholds["min_attention_ratio"]
+            and strength[rows, item].nanmean() >= self.thresholds["min_strength"]
+        )
 
     def is_sink(
         self,
@@ -123,25 +162,6 @@ class Criterion:
                 alive[item, list(life)] = True
         return alive
 
-    def _draws_attention(
-        self,
-        ratio: Float[Tensor, " layer"],
-        drawn: Float[Tensor, " layer"],
-        life: tuple[int, ...],
-        position: int,
-    ) -> bool:
-        """The test of attention; it passes where no later token exists that could show it.
-
-        Besides the ratio, the token must draw `LEAST_DRAWN` of what uniform attention would give
-        it: a high ratio of two near-zero values is not evidence.
-        """
-        if position == self.baseline.n_tokens - 1:
-            return True
-        return (
-            life_mean(ratio, life) >= self.thresholds["min_attention_ratio"]
-            and life_mean(drawn, life) >= LEAST_DRAWN
-        )
-
 
 def check_thresholds(thresholds: dict[str, float | int]) -> dict[str, float | int]:
     """Defaults with the given thresholds in their place.
@@ -156,12 +176,15 @@ def check_thresholds(thresholds: dict[str, float | int]) -> dict[str, float | in
     if any(isinstance(v, bool) or not isinstance(v, Real) for v in merged.values()):
         raise InputError(f"thresholds must be numbers, got {thresholds}")
     merged = {name: float(value) for name, value in merged.items()}
-    if merged["min_queries"] != int(merged["min_queries"]):
-        raise InputError(f"min_queries must be an integer, got {merged['min_queries']}")
-    merged["min_queries"] = int(merged["min_queries"])
+    for name in ("min_queries", "min_lifetime"):
+        if not math.isfinite(merged[name]) or merged[name] != int(merged[name]):
+            raise InputError(f"{name} must be an integer, got {merged[name]}")
+        merged[name] = int(merged[name])
     for name, least in (
         ("min_norm_ratio", 0.0),
         ("min_attention_ratio", 0.0),
+        ("min_strength", 0.0),
+        ("min_lifetime", 1),
         ("min_primary_ratio", 1.0),
         ("min_queries", 1),
     ):
@@ -209,12 +232,24 @@ def norm_ratio(
     return norm / per_layer.reshape(-1, *[1] * (norm.ndim - 1))
 
 
-def life_mean(values: Float[Tensor, " layer"], life: range | tuple[int, ...]) -> float:
-    """Mean over a life of what the next block shows; NaN if no block shows it."""
-    shown = [layer + 1 for layer in life if layer + 1 < len(values)]
-    return float(values[shown].nanmean()) if shown else math.nan
+def life_mean(
+    values: Float[Tensor, " layer"],
+    life: range | tuple[int, ...],
+    has_attention: Bool[Tensor, " layer"] | None = None,
+) -> float:
+    """Mean over a life of what the next block with attention shows; NaN if no block shows it."""
+    return float(next_layer(values, has_attention)[list(life)].nanmean()) if life else math.nan
 
 
-def next_layer(values: Float[Tensor, " layer token"]) -> Float[Tensor, " layer token"]:
-    """Row l holds what block l + 1 shows; the last row is NaN."""
-    return torch.cat([values[1:], torch.full_like(values[:1], torch.nan)])
+def next_layer(
+    values: Float[Tensor, " layer *token"], has_attention: Bool[Tensor, " layer"] | None = None
+) -> Float[Tensor, " layer *token"]:
+    """Row l holds what the next block with attention shows; NaN where there is none.
+
+    That is block l + 1, unless some blocks of the model have no attention.
+    """
+    shown = torch.full_like(values, torch.nan)
+    for layer in range(len(values) - 2, -1, -1):
+        is_next = has_attention is None or bool(has_attention[layer + 1])
+        shown[layer] = values[layer + 1] if is_next else shown[layer + 1]
+    return shown

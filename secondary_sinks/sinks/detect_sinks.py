@@ -10,15 +10,17 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import Model, UserHook
-from secondary_sinks.host.text_input import Message, Text
-from secondary_sinks.observe.attention_collectors import SinkScores
+from secondary_sinks.host.text_input import Message, Text, bos_of
+from secondary_sinks.observe.attention_collectors import SinkScores, Visibility
 from secondary_sinks.observe.attention_path import AttentionChoice
 from secondary_sinks.observe.collectors import Collector
 from secondary_sinks.observe.residual_geometry import ResidualGeometry
+from secondary_sinks.observe.steady_attention import SteadyAttention
 from secondary_sinks.observe.trace import Trace, TraceOptions, trace
 from secondary_sinks.sinks import primary as evidence_criterion
 from secondary_sinks.sinks import published_criterion
 from secondary_sinks.sinks.criterion import check_thresholds
+from secondary_sinks.sinks.measurements import Measurements
 from secondary_sinks.sinks.sink_map import SinkMap
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 CriterionName = Literal["evidence", "published"]
 
 PREFIX = 4
-"""How many positions at the beginning of a text are considered for the primary sink."""
+"""How many positions are the beginning of a text: one of them is the primary sink."""
 
 
 class DetectOptions(TraceOptions, total=False):
@@ -38,6 +40,8 @@ class DetectOptions(TraceOptions, total=False):
     min_alignment: float
     min_norm_ratio: float
     min_attention_ratio: float
+    min_strength: float
+    min_lifetime: int
     min_primary_ratio: float
     min_queries: int
 
@@ -124,6 +128,8 @@ def detect_sinks(
         _geometry(criterion, primary),
         # Every token that has a later query is judged; what is shown is hidden below min_queries.
         SinkScores(min_queries=1, name="score"),
+        SteadyAttention(name="steady"),
+        Visibility(name="visible"),
     ]
     traces = trace(
         model,
@@ -138,9 +144,10 @@ def detect_sinks(
         attention=attention,
         progress=progress,
     )
+    bos = bos_of(model)
     if isinstance(traces, Trace):
-        return _sink_map(traces, criterion, primary, checked)
-    return [_sink_map(one, criterion, primary, checked) for one in traces]
+        return _sink_map(traces, criterion, primary, checked, bos)
+    return [_sink_map(one, criterion, primary, checked, bos) for one in traces]
 
 
 def _geometry(criterion: CriterionName, primary: int | None) -> ResidualGeometry:
@@ -153,38 +160,52 @@ def _sink_map(
     criterion: CriterionName,
     primary: int | None,
     thresholds: dict[str, float | int],
+    bos: int | None,
 ) -> SinkMap:
-    geometry, score = trace_result["geometry"], trace_result["score"]
-    tokens, strings = trace_result.tokens.tolist(), trace_result.token_strings
+    geometry, visible = trace_result["geometry"], trace_result["visible"]
+    tokens = trace_result.tokens
+    documents = [] if bos is None else (tokens == bos).nonzero().flatten().tolist()
+    measured = Measurements(
+        tokens=tuple(tokens.tolist()),
+        token_strings=trace_result.token_strings,
+        geometry=geometry,
+        score=trace_result["score"],
+        visible=visible,
+        beginnings=frozenset([*range(min(PREFIX, len(tokens))), *documents]),
+    )
     if criterion == "published":
-        detection = published_criterion.detect(
-            geometry, score, tokens, strings, chat=trace_result.chat, primary=primary
-        )
+        detection = published_criterion.detect(measured, chat=trace_result.chat, primary=primary)
     else:
-        detection = evidence_criterion.detect(
-            geometry, score, tokens, strings, primary=primary, thresholds=thresholds
-        )
+        detection = evidence_criterion.detect(measured, primary=primary, thresholds=thresholds)
     index = detection.primary
     return SinkMap(
-        tokens=trace_result.tokens,
-        token_strings=strings,
+        tokens=tokens,
+        token_strings=trace_result.token_strings,
         n_tokens=len(tokens),
         provenance=trace_result.provenance.extended(thresholds=thresholds),
         criterion=criterion,
         primary_position=geometry.candidates[index],
         phases=detection.phases,
         sinks=detection.sinks,
+        undecided=detection.undecided,
         judge=detection.criterion,
         primary_residual=geometry.residual[index],
         common_residual=geometry.common,
+        persistence=geometry.persistence[index],
         alignment=geometry.alignment[index],
         centered_alignment=geometry.centered_alignment[index],
         norm=geometry.norm,
         centered_norm=geometry.centered_norm,
         background_norm=geometry.background_norm,
         background_centered_norm=geometry.background_centered_norm,
-        mean_attention=score,
+        share_alike=geometry.share_alike,
+        mean_attention=measured.score,
+        n_seeing=visible.n_seeing,
+        uniform_attention=visible.uniform,
+        steady_attention=trace_result["steady"],
         attention_ratio=detection.attention_ratio,
+        strength=detection.strength,
+        beginnings=tuple(sorted(measured.beginnings)),
         notes=(*_notes(trace_result, detection.phases), *detection.notes),
     )
 

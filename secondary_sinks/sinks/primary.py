@@ -3,8 +3,12 @@
 The primary is one of the first tokens. Each candidate has phases: runs of layers in which it is
 massive, keeps its direction from one layer to the next, and draws attention. The candidate that
 becomes a sink first is chosen, among those that grow about as large as the largest. With its
-direction and phases, the criterion (`sinks.criterion`) judges every token. A token whose life
-begins with a phase is another primary sink; one whose life begins later is a secondary sink.
+direction and phases, the criterion (`sinks.criterion`) judges every token.
+
+What is called primary must not depend on how soon the first token rises in a text. So a sink is
+primary if it stands at the beginning (of the text, or of a document in it) and lives from the start
+of a phase on; every other one is secondary. `Evidence.delay` says how many layers after the start
+of the phase it begins, and `Evidence.published_kind` what the paper's rule calls it.
 
 Everything here is arithmetic on small tensors; nothing touches a model.
 """
@@ -12,14 +16,13 @@ Everything here is arithmetic on small tensors; nothing touches a model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
-from secondary_sinks.observe.residual_geometry import Geometry
 from secondary_sinks.sinks.attention_baseline import AttentionBaseline
 from secondary_sinks.sinks.criterion import (
     Criterion,
@@ -28,7 +31,8 @@ from secondary_sinks.sinks.criterion import (
     next_layer,
     norm_ratio,
 )
-from secondary_sinks.sinks.sink import Evidence, Kind, Sink
+from secondary_sinks.sinks.measurements import Measurements
+from secondary_sinks.sinks.sink import Evidence, Kind, Sink, kind_by_lifetime
 
 PRIMARY_SHARE = 0.25
 """A candidate is the primary only if its norm ratio is at least this share of the largest one's."""
@@ -43,31 +47,25 @@ class Detection:
     phases: tuple[tuple[int, int], ...]
     sinks: tuple[Sink, ...]
     attention_ratio: Float[Tensor, " layer token"]
+    strength: Float[Tensor, " layer token"]
+    undecided: tuple[Sink, ...] = ()
     criterion: Criterion | None = None
     """None for the published criterion, which judges no rows."""
     notes: tuple[str, ...] = ()
 
 
 def detect(
-    geometry: Geometry,
-    score: Float[Tensor, " layer head token"],
-    tokens: list[int],
-    token_strings: tuple[str, ...],
-    *,
-    primary: int | None = None,
-    thresholds: dict[str, float | int],
+    measured: Measurements, *, primary: int | None = None, thresholds: dict[str, float | int]
 ) -> Detection:
     """Find the sinks of one text.
 
     Args:
-        geometry: residual norms and alignments.
-        score: mean attention from later queries, for every token that has at least one.
-        tokens: token ids.
-        token_strings: what they read as.
-        primary: position of the primary sink, one of `geometry.candidates`; by default the
-            candidate that becomes a sink first, of those that grow about as large as the largest.
+        measured: residuals and attention of the text.
+        primary: position of the primary sink, one of the candidates; by default the candidate that
+            becomes a sink first, of those that grow about as large as the largest.
         thresholds: all of `DEFAULTS`.
     """
+    geometry = measured.geometry
     indices = range(len(geometry.candidates))
     if primary is not None:
         if primary not in geometry.candidates:
@@ -75,39 +73,31 @@ def detect(
                 f"primary={primary} is not among the candidate positions {geometry.candidates}"
             )
         indices = indices[geometry.candidates.index(primary) :][:1]
-    candidates = [_Candidate.of(geometry, score, index, thresholds) for index in indices]
+    candidates = [_Candidate.of(measured, index, thresholds) for index in indices]
     chosen = _choose_primary(candidates)
-    lives = chosen.criterion.lives(
-        geometry.centered_alignment[chosen.index], geometry.centered_norm, score
-    )
-    sinks = []
-    phase_starts = {start for start, _ in chosen.phases}
-    for token, lives_of_token in enumerate(lives):
-        is_secondary = False
-        for layers in lives_of_token:
-            # A secondary sink that outlives a break of the primary is still a secondary one.
-            is_secondary = is_secondary or layers[0] not in phase_starts
-            kind: Kind = "secondary" if is_secondary else "primary"
-            evidence = _evidence(geometry, chosen, score, token, layers)
-            sinks.append(Sink(token, token_strings[token], tokens[token], kind, layers, evidence))
+    aligned = geometry.centered_alignment[chosen.index]
+    lives = chosen.criterion.lives(aligned, geometry.centered_norm, measured.score)
+    undecided = chosen.criterion.undecided(aligned, geometry.centered_norm, measured.score)
+    sinks = tuple(sink for token, own in enumerate(lives) for sink in chosen.sinks(token, own))
     return Detection(
         primary=chosen.index,
         phases=chosen.phases,
         sinks=tuple(sorted(sinks, key=lambda sink: (sink.kind, sink.l_start, sink.position))),
         attention_ratio=chosen.attention,
+        strength=chosen.strength,
+        undecided=tuple(
+            replace(sink, kind="undecided")
+            for token, own in enumerate(undecided)
+            for sink in chosen.sinks(token, own)
+        ),
         criterion=chosen.criterion,
-        notes=tuple(_notes(candidates, chosen, geometry, sinks, thresholds)),
+        notes=tuple(_notes(candidates, chosen, len({sink.position for sink in sinks}))),
     )
 
 
-def _notes(
-    candidates: list[_Candidate],
-    chosen: _Candidate,
-    geometry: Geometry,
-    sinks: list[Sink],
-    thresholds: dict[str, float | int],
-) -> Iterator[str]:
-    """What the choice of the primary leaves out, and what lies on the border of its definition."""
+def _notes(candidates: list[_Candidate], chosen: _Candidate, n_sink_tokens: int) -> Iterator[str]:
+    """What the choice of the primary leaves out, and where there is little to compare with."""
+    geometry, thresholds = chosen.measured.geometry, chosen.criterion.thresholds
     for candidate in candidates:
         middle = [(start + end) // 2 for start, end in candidate.phases]
         along = geometry.centered_alignment[chosen.index, middle, candidate.position]
@@ -116,15 +106,12 @@ def _notes(
                 f"position {candidate.position} is massive as well and draws attention, in another "
                 f"direction; find the sinks of that direction with primary={candidate.position}"
             )
-    beyond = sorted(
-        {s.position for s in sinks if s.kind == "primary" and s.position > max(geometry.candidates)}
-    )
-    if beyond:
+    alike = float(geometry.share_alike.max())
+    if alike > 0:
         yield (
-            f"{len(beyond)} tokens far from the beginning become sinks in the first layer of a "
-            f"primary phase and count as primary (positions {', '.join(map(str, beyond[:5]))}"
-            f"{', ...' if len(beyond) > 5 else ''}); in other texts the first token may rise "
-            "earlier and make the same tokens secondary"
+            f"few ordinary tokens to compare with: {alike:.0%} of the tokens are about as large as "
+            f"one of the first and point the same way. They share the attention that one of them "
+            f"would draw; {n_sink_tokens} still stand out"
         )
 
 
@@ -132,10 +119,12 @@ def _notes(
 class _Candidate:
     """One of the first tokens as the primary, with the criterion that follows from it."""
 
+    measured: Measurements
     index: int
     position: int
     peak: float
     attention: Float[Tensor, " layer token"]
+    strength: Float[Tensor, " layer token"]
     criterion: Criterion
 
     @property
@@ -144,8 +133,9 @@ class _Candidate:
 
     @classmethod
     def of(
-        cls, geometry: Geometry, score: Tensor, index: int, thresholds: dict[str, float | int]
+        cls, measured: Measurements, index: int, thresholds: dict[str, float | int]
     ) -> _Candidate:
+        geometry, score = measured.geometry, measured.score
         position = geometry.candidates[index]
         ratio = norm_ratio(geometry.centered_norm[:, position], geometry.background_centered_norm)
         layer_runs = primary_runs(ratio, geometry.persistence[index], thresholds)
@@ -162,17 +152,61 @@ class _Candidate:
         for start, end in layer_runs:
             examples &= ~aligned[start:end].any(dim=0)
         baseline = AttentionBaseline.of(
-            score, position, examples=examples, min_queries=int(thresholds["min_queries"])
+            score,
+            position,
+            examples=examples,
+            visible=measured.visible,
+            min_queries=int(thresholds["min_queries"]),
         )
-        attention = baseline.ratio(score)
-        least = thresholds["min_attention_ratio"]
-        phases = tuple(
-            run for run in layer_runs if life_mean(attention[:, position], range(*run)) >= least
-        )
+        attention, strength = baseline.ratio(score), baseline.strength(score)
+
+        def draws(run: tuple[int, int]) -> bool:
+            life, shown = range(*run), baseline.has_attention
+            ratio = life_mean(attention[:, position], life, shown)
+            drawn = life_mean(strength[:, position], life, shown)
+            return (
+                ratio >= thresholds["min_attention_ratio"] and drawn >= thresholds["min_strength"]
+            )
+
+        phases = tuple(run for run in layer_runs if draws(run))
         # The last layer is left out: some models write large, unrelated vectors there.
         peak = float((ratio[:-1] if len(ratio) > 1 else ratio).max())
         criterion = Criterion(thresholds, phases, geometry.background_centered_norm, baseline)
-        return cls(index, position, peak, attention, criterion)
+        return cls(measured, index, position, peak, attention, strength, criterion)
+
+    def sinks(self, token: int, lives: list[tuple[int, ...]]) -> Iterator[Sink]:
+        """The lives of one token as sinks, primary or secondary."""
+        measured = self.measured
+        starts = {start for start, _ in self.phases}
+        is_secondary = token not in measured.beginnings and token != self.position
+        for layers in lives:
+            # A secondary sink that outlives a break of the primary is still a secondary one.
+            is_secondary = is_secondary or layers[0] not in starts
+            kind: Kind = "secondary" if is_secondary else "primary"
+            name, token_id = measured.token_strings[token], measured.tokens[token]
+            yield Sink(token, name, token_id, kind, layers, self._evidence(token, layers))
+
+    def _evidence(self, token: int, layers: tuple[int, ...]) -> Evidence:
+        geometry, shown = self.measured.geometry, self.criterion.baseline.has_attention
+        at = (list(layers), token)
+        inside = [layer for phase in self.phases for layer in range(*phase)]
+        n_aligned = int((geometry.alignment[self.index, inside, token].abs() > 0.9).sum())
+        score = next_layer(self.measured.score[:, :, token].mean(dim=1), shown)
+        return Evidence(
+            alignment=_floats(geometry.alignment[self.index][at]),
+            centered_alignment=_floats(geometry.centered_alignment[self.index][at]),
+            norm=_floats(geometry.norm[at]),
+            norm_ratio=_floats(norm_ratio(geometry.norm, geometry.background_norm)[at]),
+            centered_norm_ratio=_floats(
+                norm_ratio(geometry.centered_norm, geometry.background_centered_norm)[at]
+            ),
+            sink_score=_floats(score[list(layers)]),
+            attention_ratio=life_mean(self.attention[:, token], layers, shown),
+            strength=life_mean(self.strength[:, token], layers, shown),
+            n_queries=self.measured.n_tokens - 1 - token,
+            delay=layers[0] - max(start for start, _ in self.phases if start <= layers[0]),
+            published_kind=kind_by_lifetime(n_aligned, len(geometry.norm)),
+        )
 
 
 def _choose_primary(candidates: list[_Candidate]) -> _Candidate:
@@ -234,25 +268,6 @@ def primary_runs(
             start -= 1
         runs.append((start, end))
     return runs
-
-
-def _evidence(
-    geometry: Geometry, chosen: _Candidate, score: Tensor, token: int, layers: tuple[int, ...]
-) -> Evidence:
-    at = (list(layers), token)
-    norm = geometry.norm
-    return Evidence(
-        alignment=_floats(geometry.alignment[chosen.index][at]),
-        centered_alignment=_floats(geometry.centered_alignment[chosen.index][at]),
-        norm=_floats(norm[at]),
-        norm_ratio=_floats(norm_ratio(norm, geometry.background_norm)[at]),
-        centered_norm_ratio=_floats(
-            norm_ratio(geometry.centered_norm, geometry.background_centered_norm)[at]
-        ),
-        sink_score=_floats(next_layer(score.mean(dim=1))[at]),
-        attention_ratio=life_mean(chosen.attention[:, token], layers),
-        n_queries=norm.shape[1] - 1 - token,
-    )
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:

@@ -23,27 +23,26 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-from secondary_sinks.observe.residual_geometry import Geometry
 from secondary_sinks.sinks.attention_baseline import AttentionBaseline
+from secondary_sinks.sinks.criterion import life_mean
+from secondary_sinks.sinks.measurements import Measurements
 from secondary_sinks.sinks.primary import Detection
-from secondary_sinks.sinks.sink import Evidence, Kind, Sink
+from secondary_sinks.sinks.sink import Evidence, Sink, kind_by_lifetime
 
 CHAT_CANDIDATES = (0, 1, 2)
 PLAIN_CANDIDATES = (0, 1)
 MIN_COSINE = 0.9
 
 
-def detect(
-    geometry: Geometry,
-    score: Float[Tensor, " layer head token"],
-    tokens: list[int],
-    token_strings: tuple[str, ...],
-    *,
-    chat: bool,
-    primary: int | None = None,
-) -> Detection:
-    """Find the sinks of one text by the published rule; the arguments are those of
-    `sinks.criterion.detect`, and `chat`: whether the tokens came out of a chat template."""
+def detect(measured: Measurements, *, chat: bool, primary: int | None = None) -> Detection:
+    """Find the sinks of one text by the published rule.
+
+    Args:
+        measured: residuals (with the final norm in the last layer) and attention of the text.
+        chat: whether the tokens came out of a chat template.
+        primary: position of the primary sink; by default the published choice.
+    """
+    geometry, score = measured.geometry, measured.score
     allowed = (primary,) if primary is not None else CHAT_CANDIDATES if chat else PLAIN_CANDIDATES
     rows = [row for row, p in enumerate(geometry.candidates) if p in allowed]
     means = geometry.norm.mean(dim=0)[[geometry.candidates[row] for row in rows]]
@@ -57,16 +56,18 @@ def detect(
     aligned[:start] = False
     aligned[end:] = False
     n_layers = cosine.shape[0]
-    attention = AttentionBaseline.of(
-        score, position, examples=~aligned.any(dim=0), min_queries=8
-    ).ratio(score)
+    baseline = AttentionBaseline.of(
+        score, position, examples=~aligned.any(dim=0), visible=measured.visible, min_queries=8
+    )
+    attention = baseline.ratio(score)
+    strength = baseline.strength(score)
     ratio = geometry.norm / geometry.background_norm[:, None]
     centered_ratio = geometry.centered_norm / geometry.background_centered_norm[:, None]
     head_mean = score.mean(dim=1)
     sinks = []
     for token in aligned.any(dim=0).nonzero().flatten().tolist():
         layers = tuple(aligned[:, token].nonzero().flatten().tolist())
-        shown = [layer + 1 for layer in layers if layer + 1 < n_layers]
+        kind = kind_by_lifetime(len(layers), n_layers)
         after = [
             float(head_mean[layer + 1, token]) if layer + 1 < n_layers else math.nan
             for layer in layers
@@ -80,11 +81,22 @@ def detect(
             norm_ratio=tuple(ratio[list(layers), token].tolist()),
             centered_norm_ratio=tuple(centered_ratio[list(layers), token].tolist()),
             sink_score=tuple(after),
-            attention_ratio=float(attention[shown, token].mean()) if shown else math.nan,
-            n_queries=len(tokens) - 1 - token,
+            attention_ratio=life_mean(attention[:, token], layers, baseline.has_attention),
+            strength=life_mean(strength[:, token], layers, baseline.has_attention),
+            n_queries=measured.n_tokens - 1 - token,
+            delay=layers[0] - start,
+            published_kind=kind,
         )
-        kind = kind_of(len(layers), n_layers)
-        sinks.append(Sink(token, token_strings[token], tokens[token], kind, layers, evidence))
+        sinks.append(
+            Sink(
+                token,
+                measured.token_strings[token],
+                measured.tokens[token],
+                kind,
+                layers,
+                evidence,
+            )
+        )
     # As published records list them: the primary first, then by layer and position.
     sinks.sort(key=lambda sink: (sink.position != position, sink.l_start, sink.position))
     return Detection(
@@ -105,10 +117,3 @@ def clip_layers(norm: Float[Tensor, " layer"]) -> tuple[int, int]:
     if start == len(steps):
         return start, len(norm)
     return start, int(steps[start:].argmin()) + start + 1
-
-
-def kind_of(n_alive: int, n_layers: int) -> Kind:
-    """The published label of a token that is aligned in `n_alive` of `n_layers` layers."""
-    if n_alive >= n_layers - 15:
-        return "primary"
-    return "secondary" if n_alive > 4 else "noise"

@@ -6,9 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["primary", "secondary", "noise", "chosen"]
-"""What a sink is: the published criterion knows "noise" as well, and "chosen" is a token that is no
-sink, named by its position for an analysis (`SinkMap.select`)."""
+Kind = Literal["primary", "secondary", "noise", "chosen", "undecided"]
+"""What a sink is.
+
+* "primary": a token at the beginning that is a sink from the start of a primary phase on;
+* "secondary": any other sink;
+* "noise": a label of the published criterion alone;
+* "chosen": a token that is no sink, named by its position for an analysis (`SinkMap.select`);
+* "undecided": a token with the residual of a sink that no later query sees, so that no attention
+  can show whether it is one (`SinkMap.undecided`).
+"""
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,16 @@ class Evidence:
     attention_ratio: float
     """Attention drawn over the whole life, over what ordinary tokens nearby draw in the same
     layers (`sinks.attention_baseline`). NaN where no later token could attend to it."""
+    strength: float
+    """Attention drawn over the whole life in a unit that does not depend on the length of the text
+    (`sinks.attention_baseline`): compared with `min_strength`."""
     n_queries: int
     """How many later tokens could attend to it. With few of them attention is weak evidence."""
+    delay: int
+    """Onset, in layers after the start of the primary phase: 0 for a token that rises with it."""
+    published_kind: Kind
+    """The paper's label, which goes by the number of layers of the primary phases in which the
+    token's |cosine| with the primary exceeds 0.9 (`kind_by_lifetime`)."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +87,16 @@ class Sink:
     def norm(self) -> float:
         """Residual norm in the onset layer; NaN without evidence."""
         return self.evidence.norm[0] if self.evidence else math.nan
+
+    @property
+    def strength(self) -> float:
+        """Attention drawn, in a unit that does not depend on the length of the text; NaN without
+        evidence."""
+        return self.evidence.strength if self.evidence else math.nan
+
+
+def kind_by_lifetime(n_alive: int, n_layers: int) -> Kind:
+    """The paper's label of a token that is aligned in `n_alive` of `n_layers` layers."""
+    if n_alive >= n_layers - 15:
+        return "primary"
+    return "secondary" if n_alive > 4 else "noise"

@@ -29,15 +29,21 @@ ArrayName: TypeAlias = Literal[
     "tokens",
     "primary_residual",
     "common_residual",
+    "persistence",
     "alignment",
     "centered_alignment",
     "norm",
     "centered_norm",
     "background_norm",
     "background_centered_norm",
+    "share_alike",
     "mean_attention",
+    "n_seeing",
+    "uniform_attention",
+    "steady_attention",
     "sink_score",
     "attention_ratio",
+    "strength",
 ]
 """The arrays of a sink map."""
 
@@ -62,6 +68,9 @@ class SinkMap(Result):
     phases: tuple[tuple[int, int], ...]
     """Primary phases: runs [start, end) of layers in which that token is massive."""
     sinks: tuple[Sink, ...]
+    undecided: tuple[Sink, ...] = ()
+    """Tokens with the residual of a sink that no later query sees, as the last one of a text. They
+    are not among the sinks: a longer text would decide."""
     judge: Criterion | None = None
     """The evidence criterion with the baselines of this text; it also judges counterfactual rows.
     None for the published criterion."""
@@ -69,6 +78,8 @@ class SinkMap(Result):
     """The primary's residual."""
     common_residual: Float[Tensor, " layer d_model"] | None = None
     """The common component."""
+    persistence: Float[Tensor, " layer"] | None = None
+    """Cosine of the primary's centered residual with itself one layer earlier; NaN at layer 0."""
     alignment: Float[Tensor, " layer token"] | None = None
     """Cosine of each token's residual with the primary's."""
     centered_alignment: Float[Tensor, " layer token"] | None = None
@@ -81,10 +92,24 @@ class SinkMap(Result):
     """Median residual norm of the background tokens."""
     background_centered_norm: Float[Tensor, " layer"] | None = None
     """The same, centered."""
+    share_alike: Float[Tensor, " layer"] | None = None
+    """Share of tokens like one of the first (`observe.residual_geometry`); 0 in most texts."""
     mean_attention: Float[Tensor, " layer head token"] | None = None
-    """Mean attention from all later queries, however few; NaN for the last token."""
+    """Mean attention from the later queries that see a token, however few; NaN where none does."""
+    n_seeing: Float[Tensor, " layer token"] | None = None
+    """Number of those queries."""
+    uniform_attention: Float[Tensor, " layer token"] | None = None
+    """What `mean_attention` would be if all queries attended uniformly to what they see."""
+    steady_attention: Float[Tensor, " layer token"] | None = None
+    """Attention drawn from all of the later text, over uniform attention
+    (`observe.steady_attention`); `attention_check` compares the sinks with it."""
     attention_ratio: Float[Tensor, " layer token"] | None = None
     """Attention drawn over that of ordinary tokens nearby (`sinks.attention_baseline`)."""
+    strength: Float[Tensor, " layer token"] | None = None
+    """Attention drawn, in a unit that does not depend on the length of the text (ibid.)."""
+    beginnings: tuple[int, ...] = ()
+    """Positions at the beginning of the text, or of a document in it: only there is a sink that
+    rises with a phase a primary one."""
     notes: tuple[str, ...] = ()
     """What a reader must know: processed weights, a text without a primary sink."""
     record: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -117,12 +142,14 @@ class SinkMap(Result):
 
     @property
     def sink_score(self) -> Float[Tensor, " layer head token"] | None:
-        """`mean_attention`, NaN where fewer than `min_queries` later tokens make the mean."""
+        """`mean_attention`, NaN where fewer than `min_queries` later queries make the mean."""
         if self.mean_attention is None:
             return None
-        n_later = torch.arange(self.n_tokens - 1, -1, -1)
-        hidden = n_later < int(self.thresholds.get("min_queries", DEFAULTS["min_queries"]))
-        return self.mean_attention.masked_fill(hidden, torch.nan)
+        n_seeing = self.n_seeing
+        if n_seeing is None:
+            n_seeing = torch.arange(self.n_tokens - 1.0, -1, -1)[None]
+        few = n_seeing < int(self.thresholds.get("min_queries", DEFAULTS["min_queries"]))
+        return self.mean_attention.masked_fill(few[:, None], torch.nan)
 
     def array(self, name: ArrayName) -> Tensor:
         """One of the arrays by its name.
@@ -173,6 +200,25 @@ class SinkMap(Result):
                 "came nearest, detect with lower thresholds, or name positions, as in sinks=[3, 7]"
             )
         return left
+
+    def refilter(self, **thresholds: float) -> SinkMap:
+        """The same map, its tokens judged with other thresholds; no pass is run.
+
+        >>> sink_map.refilter(min_lifetime=5, min_strength=0.5).secondary
+
+        Every threshold that is not named keeps its value in this map, and the primary stays the
+        same token.
+
+        Args:
+            **thresholds: of the evidence criterion, see `secondary_sinks.sinks.criterion.DEFAULTS`.
+
+        Raises:
+            InputError: an unknown threshold, one out of range, or a map that was not made with the
+                evidence criterion.
+        """
+        from secondary_sinks.sinks.refilter import refiltered
+
+        return refiltered(self, thresholds)
 
     def _chosen(self, sinks: Any) -> Iterable[Sink]:
         if isinstance(sinks, str):
@@ -242,25 +288,29 @@ class SinkMap(Result):
                 "alignment": _mean(sink.evidence.alignment) if sink.evidence else math.nan,
                 "sink_score": sink.sink_score,
                 "attention_ratio": sink.evidence.attention_ratio if sink.evidence else math.nan,
+                "strength": sink.strength,
+                "delay": sink.evidence.delay if sink.evidence else -1,
+                "published_kind": sink.evidence.published_kind if sink.evidence else sink.kind,
                 "n_queries": sink.evidence.n_queries if sink.evidence else -1,
             }
             for sink in self.sinks
         ]
         columns = (
             "position token token_id kind onset lifetime last_layer norm norm_ratio alignment "
-            "sink_score attention_ratio n_queries"
+            "sink_score attention_ratio strength delay published_kind n_queries"
         )
         return pd.DataFrame(rows, columns=columns.split())
 
     def margins(self, n: int | None = 10) -> pd.DataFrame:
         """The tokens that came nearest to being called sinks and were not, nearest first.
 
-        For every other token: the layer in which it came nearest, its three measures there, each
+        For every other token: the layer in which it came nearest, its four measures there, each
         divided by its threshold (1 or more passes), and the test that it failed most clearly.
-        `closeness` is the smallest of the three. It says how the result depends on the thresholds:
+        `closeness` is the smallest of the four. It says how the result depends on the thresholds:
         a closeness near 1 is a token on the border, and "no secondary sinks" with nothing above 0.3
         is a clear answer. Attention is taken layer by layer here and over a whole life in the
-        detection, so on the very border a token with a closeness of 1 may still not be a sink.
+        detection, and a life has `min_lifetime` layers at least, so a token with a closeness of 1
+        may still not be a sink.
 
         Raises:
             InputError: the map holds no measurements (it was read from a published file) or was
@@ -280,7 +330,8 @@ def _margins(sink_map: SinkMap, n: int | None) -> pd.DataFrame:
             sink_map.array("centered_alignment") / thresholds["min_alignment"],
             norm_ratio(sink_map.array("centered_norm"), sink_map.array("background_centered_norm"))
             / thresholds["min_norm_ratio"],
-            next_layer(sink_map.array("attention_ratio")) / thresholds["min_attention_ratio"],
+            _shown(sink_map, "attention_ratio") / thresholds["min_attention_ratio"],
+            _shown(sink_map, "strength") / thresholds["min_strength"],
         ]
     )  # [test, layer, token]
     inside = torch.zeros(passed.shape[1], dtype=torch.bool)
@@ -290,7 +341,7 @@ def _margins(sink_map: SinkMap, n: int | None) -> pd.DataFrame:
     closeness[~inside] = -torch.inf
     nearest, layer = closeness.max(dim=0)
     called = {sink.position for sink in sink_map.sinks} | {sink_map.primary_position}
-    tests = ("alignment", "magnitude", "attention")
+    tests = ("alignment", "magnitude", "attention", "strength")
     rows = []
     for token in nearest.argsort(descending=True).tolist():
         if token in called:
@@ -304,6 +355,7 @@ def _margins(sink_map: SinkMap, n: int | None) -> pd.DataFrame:
                 "alignment": float(values[0]),
                 "magnitude": float(values[1]),
                 "attention": float(values[2]),
+                "strength": float(values[3]),
                 "closeness": float(nearest[token]),
                 "failed": tests[int(values.nan_to_num(nan=0.0).argmin())],
             }
@@ -312,6 +364,12 @@ def _margins(sink_map: SinkMap, n: int | None) -> pd.DataFrame:
             break
     columns = ["position", "token", "layer", *tests, "closeness", "failed"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _shown(sink_map: SinkMap, name: ArrayName) -> Float[Tensor, " layer token"]:
+    """An array with, for each layer, what the next block with attention shows."""
+    has_attention = ~sink_map.array("uniform_attention").isnan().all(dim=1)
+    return next_layer(sink_map.array(name), has_attention)
 
 
 def _mean(values: tuple[float, ...]) -> float:
