@@ -140,6 +140,31 @@ OTHER_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
 } | {kind: UNMASKABLE[kind] for kind in ("opt", "gptj", "gpt-neo", "bloom")}
 
 
+WINDOWED = {
+    "mistral": (True, True, True),
+    "gemma2": (True, False, True),
+    "gemma3": (True, True, True),
+    "gpt-oss": (True, False, True),
+    "cohere2": (True, False, True),
+    "gpt-neo": (False, True, False),
+}
+"""Family -> which of its layers have a window of 8 keys; other families have none."""
+
+
+def _visible_keys(family: str, n_tokens: int) -> torch.Tensor:
+    query, key = torch.arange(n_tokens)[:, None], torch.arange(n_tokens)
+    full = key <= query
+    window = full & (query - key < WINDOW["sliding_window"])
+    kinds = WINDOWED.get(family, (False, False, False))
+    return torch.stack([window if has_window else full for has_window in kinds])
+
+
+@pytest.fixture(scope="session")
+def visible_keys() -> Callable[[str, int], torch.Tensor]:
+    """Family, number of tokens -> which keys each query sees, [layer, query, key]."""
+    return _visible_keys
+
+
 def build_hf(family: str, seed: int = 0) -> Any:
     """A tiny Hugging Face model of `family` with random weights, larger than the usual
     initialization so that attention is not uniform."""

@@ -44,6 +44,7 @@ from torch import Tensor
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.model_info import generation_of
 from secondary_sinks.host.temporary import exchanged
+from secondary_sinks.host.visible_keys import window_of_module
 
 
 @dataclass(frozen=True)
@@ -311,13 +312,12 @@ def _unregistered(
     attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, None]:
     """Attention of a module that predates the registry: after positions, before merging heads."""
-    is_local = getattr(module, "attention_type", None) == "local"
     inputs = AttentionInputs(
         query=query,
         key=key,
         value=value,
         scale=1 / getattr(module, "scale_attn", 1),
-        window=module.config.window_size if is_local else None,
+        window=window_of_module(module),
         visible=_visible(attention_mask),
     )
     return attend(layer, inputs).transpose(1, 2), None

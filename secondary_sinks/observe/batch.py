@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -121,12 +121,13 @@ def run_batch(
     )
     lengths = [len(text) for text in texts]
     observers = [(site, observer(site, indices)) for site, indices in indices_at.items()]
-    needs_columns = attention_readers or path != "eager"
-    measured = measured_attention(model, lengths, request, receive, path)
     tokens, mask = pad(texts)
     try:
-        with measured if needs_columns else nullcontext([]) as readers:
-            forward(model, tokens, [*observers, *readers], fwd_hooks=fwd_hooks, attention_mask=mask)
+        with ExitStack() as stack:
+            if attention_readers or path != "eager":
+                measured = measured_attention(model, lengths, request, receive, path)
+                observers += stack.enter_context(measured)
+            forward(model, tokens, observers, fwd_hooks=fwd_hooks, attention_mask=mask)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

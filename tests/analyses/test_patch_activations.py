@@ -43,15 +43,17 @@ def planted():
     return bridge, ss.detect_sinks(bridge, tokens), ss.detect_sinks(bridge, corrupted), sink
 
 
-def test_exact_cells_equal_transformer_lens_by_hand(tiny, family, maps_of):
-    compare_with_hand(tiny(family), *maps_of(tiny(family)), "denoising")
+def test_exact_cells_equal_transformer_lens_by_hand(tiny, family, maps_of, visible_keys):
+    model = tiny(family)
+    compare_with_hand(model, *maps_of(model), "denoising", visible_keys(family, N))
 
 
-def test_noising_equals_transformer_lens_by_hand(tiny, maps_of):
-    compare_with_hand(tiny("gemma3"), *maps_of(tiny("gemma3")), "noising")
+def test_noising_equals_transformer_lens_by_hand(tiny, maps_of, visible_keys):
+    model = tiny("gemma3")
+    compare_with_hand(model, *maps_of(model), "noising", visible_keys("gemma3", N))
 
 
-def compare_with_hand(model, clean, corrupted, direction):
+def compare_with_hand(model, clean, corrupted, direction, sees):
     """Every cell against a run with plain hooks."""
     result = ss.patch_activations(
         model,
@@ -85,7 +87,8 @@ def compare_with_hand(model, clean, corrupted, direction):
         ]
         with torch.no_grad():
             model.run_with_hooks(base.tokens[None], fwd_hooks=[(hook_name, patch), *readers])
-        return torch.stack([patterns[x][:, 6:, 5].mean() for x in (1, 2)]).mean().item()
+        weights = [patterns[x][:, 6:][:, sees[x, 6:, 5], 5] for x in (1, 2)]
+        return torch.stack([weight.mean() for weight in weights]).mean().item()
 
     for i, name in enumerate(("resid_pre", "attn_out", "mlp_out")):
         for j, layer in enumerate((0, 2)):

@@ -101,7 +101,7 @@ def test_values_and_mlps_equal_transformer_lens_by_hand(tiny, family, tokens_of,
 
 
 @pytest.mark.slow
-def test_keys_equal_transformer_lens_by_hand(tiny, family, tokens_of, map_of):
+def test_keys_equal_transformer_lens_by_hand(tiny, family, tokens_of, map_of, visible_keys):
     """The key of the edited residual, put into the clean text."""
     model, tokens = tiny(family), tokens_of(N)
     write = by_hand(model, tokens, ["blocks.0.hook_mlp_out"])["blocks.0.hook_mlp_out"][AT]
@@ -112,9 +112,10 @@ def test_keys_equal_transformer_lens_by_hand(tiny, family, tokens_of, map_of):
             key
         ]
         weights = by_hand(model, tokens, [pattern], [(key, put_back(cut))])[pattern]
-        expected = weights[:, AT + 1 :, AT].mean(dim=1)
+        seeing = visible_keys(family, N)[layer].tril(-1)[:, AT]
+        expected = weights[:, seeing, AT].mean(dim=1)
         torch.testing.assert_close(path.without_path[row], expected, rtol=1e-3, atol=1e-5)
-        clean = by_hand(model, tokens, [pattern])[pattern][:, AT + 1 :, AT].mean(dim=1)
+        clean = by_hand(model, tokens, [pattern])[pattern][:, seeing, AT].mean(dim=1)
         torch.testing.assert_close(path.clean[row], clean, rtol=1e-3, atol=1e-5)
 
 

@@ -14,17 +14,7 @@ from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRe
 
 N = 30
 WIDTH = 8  # of the tiny models' windows
-# Family -> which of its three layers have a window.
-WINDOWED = {
-    "llama": (False, False, False),
-    "phi3": (False, False, False),
-    "mistral": (True, True, True),
-    "gemma2": (True, False, True),
-    "gemma3": (True, True, True),
-    "gpt-oss": (True, False, True),
-    "cohere2": (True, False, True),
-    "gpt-neo": (False, True, False),
-}
+KINDS = ("llama", "phi3", "mistral", "gemma2", "gemma3", "gpt-oss", "cohere2", "gpt-neo")
 
 
 class Pattern(ss.Collector):
@@ -38,11 +28,6 @@ class Pattern(ss.Collector):
 
     def result(self):
         return torch.stack(self.layers)
-
-
-def within_window(n_tokens, width):
-    query, key = torch.arange(n_tokens)[:, None], torch.arange(n_tokens)
-    return (key <= query) & (query - key < width)
 
 
 def collectors():
@@ -74,25 +59,23 @@ def assert_measured(trace_result, pattern, visible):
         torch.testing.assert_close(measured, expected, atol=1e-5, rtol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", WINDOWED)
-def test_means_are_over_the_queries_that_see_a_token(tiny, kind, tokens_of):
+@pytest.mark.parametrize("kind", KINDS)
+def test_means_are_over_the_queries_that_see_a_token(tiny, kind, tokens_of, visible_keys):
     """In a batch with padding: the text is padded to the other one."""
     texts = [tokens_of(N), tokens_of(N + 6, seed=1)]
     eager, streamed = (
         ss.trace(tiny(kind), texts, wanted, batch_size=2, progress=False, attention=way)[0]
         for way, wanted in (("eager", [Pattern(), *collectors()]), ("streaming", collectors()))
     )
-    widths = [WIDTH if has_window else N for has_window in WINDOWED[kind]]
-    visible = torch.stack([within_window(N, width) for width in widths])
-    assert_measured(eager, eager["Pattern"], visible)
-    assert_measured(streamed, eager["Pattern"], visible)
+    for trace_result in (eager, streamed):
+        assert_measured(trace_result, eager["Pattern"], visible_keys(kind, N))
 
 
 def test_chunks(tiny, tokens_of):
     """The last token of a chunk is seen by no later query."""
     trace_result = ss.trace(tiny("llama4"), tokens_of(N), [Pattern(), *collectors()])
-    chunk = torch.arange(N) // WIDTH
-    chunked, full = within_window(N, N) & (chunk[:, None] == chunk), within_window(N, N)
+    chunk, full = torch.arange(N) // WIDTH, torch.ones(N, N, dtype=torch.bool).tril()
+    chunked = full & (chunk[:, None] == chunk)
     visible = torch.stack([chunked, full, chunked])
     assert_measured(trace_result, trace_result["Pattern"], visible)
     assert trace_result["Visibility"].n_seeing[0, :10].tolist() == [7, 6, 5, 4, 3, 2, 1, 0, 7, 6]
@@ -167,13 +150,13 @@ def test_a_hooked_transformer_tells_its_windows():
     assert not any(block.attn._forward_pre_hooks for block in model.blocks)
 
 
-def test_without_a_mask_the_pattern_tells():
+def test_without_a_mask_the_pattern_tells(visible_keys):
     """A weight of 0 does not count as hidden if some query reaches as far."""
-    pattern = within_window(12, 5).float()[None]
-    pattern[0, 7, 3] = pattern[0, 5, 1] = 0
+    pattern = visible_keys("mistral", 12)[:1].float()
+    pattern[0, 8, 1] = pattern[0, 10, 3] = 0
     columns = AttentionColumns.of_pattern(pattern / pattern.sum(-1, keepdim=True), ColumnRequest())
-    assert columns.n_visible.tolist() == [1, 2, 3, 4, *[5] * 8]
-    assert columns.n_seeing.tolist() == [*[4] * 8, 3, 2, 1, 0]
+    assert columns.n_visible.tolist() == [1, 2, 3, 4, 5, 6, 7, *[8] * 5]
+    assert columns.n_seeing.tolist() == [*[7] * 5, 6, 5, 4, 3, 2, 1, 0]
 
 
 def test_an_unknown_convention_is_refused():
