@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.condition import refuse_dropout
+from secondary_sinks.host.head_layout import head_layout, in_layout
 from secondary_sinks.host.memory import input_device
 from secondary_sinks.host.model_info import generation_of, name_of
 from secondary_sinks.host.protocol import UserHook
@@ -111,7 +112,7 @@ def forward(
     points = model.hook_dict
     with torch.no_grad(), ExitStack() as stack:
         for index, (site, editor) in enumerate(editors):
-            hook = hook_of(index, editor)
+            hook = hook_of(index, in_layout(head_layout(model, site), editor))
             if site.name == FINAL_NORM:
                 stack.enter_context(_final_norm_hook(model, hook))
             elif (module := module_of_site(model, site, points)) is not None:
@@ -153,8 +154,11 @@ def fired(
     activations: dict[Site, list[Tensor]] = {site: [] for site in sites if site not in missing}
 
     def appender(site: Site) -> Callable[..., None]:
+        layout = head_layout(model, site)
+
         def append(activation: Tensor, hook: Any = None) -> None:
-            activations[site].append(activation.detach())
+            shown = activation.detach()
+            activations[site].append(shown if layout is None else layout.read(shown))
 
         return append
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.forward import observe
-from secondary_sinks.host.identity import hooks_aside
+from secondary_sinks.host.hooks_aside import hooks_aside
 from secondary_sinks.host.model_info import describe, name_of
 from secondary_sinks.host.norm_map import NormMap
 from secondary_sinks.host.precision import tolerance

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.host.forward import fired
-from secondary_sinks.host.identity import hooks_aside
+from secondary_sinks.host.hooks_aside import hooks_aside
 from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.sites import Site
 

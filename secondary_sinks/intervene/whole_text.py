@@ -29,7 +29,7 @@ from torch import Tensor
 from secondary_sinks.host.forward import Editor, forward
 from secondary_sinks.host.memory import MEMORY_BUDGET, eager_attention_bytes, in_chunks
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.sites import Site
+from secondary_sinks.host.sites import Site, attention_layers
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.interventions import Intervention, sites_of
 from secondary_sinks.intervene.rows import edit_hooks
@@ -77,7 +77,7 @@ class TextState:
     """One run of a text, reduced to what analyses of sinks read."""
 
     sink_score: Float[Tensor, " layer head token"]
-    """Mean attention from later queries; NaN for the last token."""
+    """Mean attention from later queries; NaN for the last token, and in layers without attention."""
     norm: Float[Tensor, " layer token"]
     """Norm of the residual after each block."""
     alignment: Float[Tensor, " layer token"]
@@ -105,19 +105,20 @@ class TextState:
 class TextMeter:
     """Reduces the activations of a batch of texts to one `TextState` for each.
 
-    All arithmetic is differentiable and nothing is written in place, so that the same meter serves
+    A layer without attention has NaN scores. All arithmetic is differentiable and nothing is written in place, so that the same meter serves
     a pass with gradients.
     """
 
-    def __init__(self, clean: CleanRun):
+    def __init__(self, clean: CleanRun, attention_layers: Sequence[int]):
         self._clean = clean
-        self._score: list[Tensor] = []
+        self._attention_layers = attention_layers
+        self._score: dict[int, Tensor] = {}
         self._geometry: list[TokenGeometry] = []
 
     def editors(self) -> list[tuple[Site, Editor]]:
         """The functions that read every layer's pattern and residual."""
-        layers = range(self._clean.n_layers)
-        patterns = [(Site("pattern", layer), self._read_pattern) for layer in layers]
+        layers = self._attention_layers
+        patterns = [(Site("pattern", layer), self._pattern_reader(layer)) for layer in layers]
         return [*patterns, *self.residual_editors()]
 
     def residual_editors(self) -> list[tuple[Site, Editor]]:
@@ -127,11 +128,13 @@ class TextMeter:
 
     def receive(self, layer: int, columns: Sequence[AttentionColumns]) -> None:
         """Read the attention of a layer, one entry for each text."""
-        self._keep_score(torch.stack([text.received for text in columns]))
+        self._keep_score(layer, torch.stack([text.received for text in columns]))
 
     def states(self) -> list[TextState]:
         """One state for each text of the batch."""
-        score = torch.stack(self._score, dim=1)
+        unknown = torch.full_like(next(iter(self._score.values())), torch.nan)
+        layers = range(self._clean.n_layers)
+        score = torch.stack([self._score.get(layer, unknown) for layer in layers], dim=1)
         geometry = {
             name: torch.stack([getattr(layer, name).cpu() for layer in self._geometry], dim=1)
             for name in vars(self._geometry[0])
@@ -147,15 +150,18 @@ class TextMeter:
             for text in range(len(score))
         ]
 
-    def _read_pattern(self, pattern: Tensor) -> None:
-        weight = pattern.float()
-        self._keep_score(weight.sum(dim=2) - weight.diagonal(dim1=2, dim2=3))
+    def _pattern_reader(self, layer: int) -> Editor:
+        def read(pattern: Tensor) -> None:
+            weight = pattern.float()
+            self._keep_score(layer, weight.sum(dim=2) - weight.diagonal(dim1=2, dim2=3))
 
-    def _keep_score(self, total: Float[Tensor, " text head token"]) -> None:
+        return read
+
+    def _keep_score(self, layer: int, total: Float[Tensor, " text head token"]) -> None:
         n_later = torch.arange(total.shape[-1] - 1, -1, -1, device=total.device)
         # Clamped and then masked, because a division by 0 would make all gradients NaN.
         score = (total / n_later.clamp_min(1)).masked_fill(n_later == 0, torch.nan)
-        self._score.append(score.cpu())
+        self._score[layer] = score.cpu()
 
     def _reader(self, layer: int) -> Editor:
         def read(activation: Tensor) -> None:
@@ -294,7 +300,7 @@ def measured_pass(
         The states of the clean text and its copies.
     """
     tokens = clean.tokens.expand(1 + n_copies, -1)
-    meter = TextMeter(clean)
+    meter = TextMeter(clean, attention_layers(model))
     lengths = [len(clean.tokens)] * len(tokens)
     readers = meter.editors() if path == "eager" else meter.residual_editors()
     streamed = streamed_attention(model, lengths, ColumnRequest(), meter.receive, path)

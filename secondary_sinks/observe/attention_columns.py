@@ -19,7 +19,7 @@ computes the same without one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,6 +114,22 @@ class AttentionColumns:
             log_sum_exp=zeros() if request.log_sum_exp else None,
         )
 
+    @classmethod
+    def of_no_attention(
+        cls, n_heads: int, n_tokens: int, request: ColumnRequest
+    ) -> AttentionColumns:
+        """NaN everywhere: the columns of a layer without attention."""
+        nan = torch.full((n_heads, n_tokens), torch.nan)
+        return cls(
+            received=nan,
+            own=nan,
+            maximum=nan,
+            above=dict.fromkeys(request.thresholds, nan),
+            entropy=nan,
+            total=nan,
+            n_visible=nan[0],
+        )
+
     def add(self, other: AttentionColumns) -> None:
         """Add the columns of other queries, or other heads, of the same text, in place."""
         for total, addend in zip(self._sums(), other._sums(), strict=True):
@@ -174,7 +190,7 @@ class AttentionColumns:
 
 
 def pattern_readers(
-    n_layers: int,
+    layers: Iterable[int],
     lengths: Sequence[int],
     request: ColumnRequest,
     receive: Callable[[int, list[AttentionColumns]], None],
@@ -182,7 +198,7 @@ def pattern_readers(
     """Observers that reduce the patterns of an eager pass to columns.
 
     Args:
-        n_layers: of the model.
+        layers: those that have attention.
         lengths: number of tokens of every text of the batch, without the padding on its right.
         request: which columns to compute.
         receive: called once for each layer, with one `AttentionColumns` for each text.
@@ -197,4 +213,4 @@ def pattern_readers(
 
         return read
 
-    return [(Site("pattern", layer), reader(layer)) for layer in range(n_layers)]
+    return [(Site("pattern", layer), reader(layer)) for layer in layers]

@@ -26,7 +26,7 @@ from secondary_sinks.host.attention_replaced import (
 from secondary_sinks.host.memory import is_out_of_memory
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.sites import FINAL_NORM, Site, hook_names
+from secondary_sinks.host.sites import FINAL_NORM, Site, attention_layers, hook_names
 from secondary_sinks.observe.attention_columns import AttentionColumns, ColumnRequest
 from secondary_sinks.observe.streaming_attention import StreamingAttention
 from secondary_sinks.observe.streaming_check import StreamingCheck, check_streaming
@@ -115,7 +115,7 @@ def streamed_attention(
 
     with replaced_attention(model, attend):
         yield
-    for layer in range(model.cfg.n_layers):
+    for layer in attention_layers(model):
         if calls[layer] != 1:
             raise ModelError(
                 f"the attention of layer {layer} ran {calls[layer]} times in one streamed pass; "

@@ -21,7 +21,7 @@ from secondary_sinks.host.forward import Observer, forward
 from secondary_sinks.host.memory import is_out_of_memory
 from secondary_sinks.host.model_info import ModelInfo
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.sites import Site, layer_sites
+from secondary_sinks.host.sites import Site, attention_layers, layer_sites
 from secondary_sinks.host.text_input import TokenizedText, pad
 from secondary_sinks.observe.attention_columns import (
     ATTENTION,
@@ -116,14 +116,32 @@ def run_batch(
             for index in attention_readers:
                 workers[row][index].update(ATTENTION, layer, of_text)
 
+    def receive_nothing(layer: int) -> Observer:
+        """Called in a layer without attention, in the order of the layers."""
+
+        def read(_: Tensor) -> None:
+            n_heads = int(model.cfg.n_heads)
+            receive(
+                layer, [AttentionColumns.of_no_attention(n_heads, len(t), request) for t in texts]
+            )
+
+        return read
+
     longest = max(texts, key=len)
     path = path_of_attention(
         model, longest.tokens, attention, sites=indices_at, fwd_hooks=fwd_hooks
     )
     lengths = [len(text) for text in texts]
     observers = [(site, observer(site, indices)) for site, indices in indices_at.items()]
+    with_attention = attention_layers(model)
+    if attention_readers:
+        observers += [
+            (Site("resid_post", layer), receive_nothing(layer))
+            for layer in range(n_layers)
+            if layer not in with_attention
+        ]
     if path == "eager" and attention_readers:
-        observers += pattern_readers(n_layers, lengths, request, receive)
+        observers += pattern_readers(with_attention, lengths, request, receive)
     streamed = streamed_attention(model, lengths, request, receive, path)
     tokens, mask = pad(texts)
     try:

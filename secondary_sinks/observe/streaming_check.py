@@ -38,7 +38,7 @@ from secondary_sinks.host.attention_replaced import (
     sliding_windows,
 )
 from secondary_sinks.host.forward import Observer, forward
-from secondary_sinks.host.identity import hooks_aside
+from secondary_sinks.host.hooks_aside import hooks_aside
 from secondary_sinks.host.memory import (
     MEMORY_BUDGET,
     eager_attention_bytes,
@@ -46,7 +46,7 @@ from secondary_sinks.host.memory import (
 )
 from secondary_sinks.host.model_info import name_of
 from secondary_sinks.host.precision import tolerance
-from secondary_sinks.host.sites import Site
+from secondary_sinks.host.sites import Site, attention_layers
 from secondary_sinks.observe.attention_columns import (
     AttentionColumns,
     ColumnRequest,
@@ -197,7 +197,7 @@ def _run(model: Any, tokens: Tensor, *, stream: bool) -> _Pass:
 
     readers = [(Site("resid_post", layer), residual_reader(layer)) for layer in range(n_layers)]
     if not stream:
-        readers += pattern_readers(n_layers, lengths, ColumnRequest(), receive)
+        readers += pattern_readers(attention_layers(model), lengths, ColumnRequest(), receive)
     replaced = replaced_attention(model, attend) if stream else nullcontext()
     with warnings.catch_warnings(), replaced:
         warnings.simplefilter("ignore")  # about hooks that the model's settings switch off
