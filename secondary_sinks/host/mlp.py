@@ -145,6 +145,12 @@ def need_neurons(model: Any, layer: int) -> Mlp:
     return mlp
 
 
+def shows_neurons(model: Any, layer: int) -> bool:
+    """Whether `mlp_post` of a layer has an entry for each neuron; in a mixture of experts, where
+    each token uses other weights, it has one for each residual dimension."""
+    return _weights(model.blocks[layer].mlp).kind != "experts"
+
+
 class _Weights(NamedTuple):
     """The fields of `Mlp` that are read from the module."""
 

@@ -21,7 +21,7 @@ from secondary_sinks.host.forward import Observer, forward
 from secondary_sinks.host.memory import is_out_of_memory
 from secondary_sinks.host.model_info import ModelInfo
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.sites import Site, attention_layers, layer_sites
+from secondary_sinks.host.sites import Site, attention_layers, layer_sites, missing_sites
 from secondary_sinks.host.text_input import TokenizedText, pad
 from secondary_sinks.observe.attention_columns import (
     ATTENTION,
@@ -92,7 +92,7 @@ def run_batch(
     # The residual stream is always read, so that a NaN is reported where it first occurs.
     indices_at: dict[Site, list[int]] = {site: [] for site in layer_sites(["resid_post"], n_layers)}
     for index, collector in enumerate(collectors):
-        for site in layer_sites(hooked_sites(collector), n_layers):
+        for site in read_sites(model, collector):
             indices_at.setdefault(site, []).append(index)
 
     def observer(site: Site, indices: list[int]) -> Observer:
@@ -172,9 +172,15 @@ def _why_not_streamed(
     return ""
 
 
-def hooked_sites(collector: Collector) -> list[str]:
-    """The sites of a collector that are activations of the model."""
-    return [name for name in collector.sites if name != ATTENTION]
+def read_sites(model: Any, collector: Collector) -> list[Site]:
+    """The activations that a collector reads in a model."""
+    names = [name for name in collector.sites if name != ATTENTION]
+    sites = layer_sites(names, int(model.cfg.n_layers))
+    if not collector.where_present:
+        return sites
+    missing = missing_sites(model, sites)
+    # With none at all, it is better refused than given nothing.
+    return [site for site in sites if site not in missing] or sites
 
 
 def _update(collector: Collector, site: Site, activation: Tensor) -> None:

@@ -23,7 +23,7 @@ from secondary_sinks.host.identity import SUMMANDS, check_residual_identity
 from secondary_sinks.host.model_info import ModelInfo, describe
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
-from secondary_sinks.host.sites import Site, attention_layers, layer_sites, missing_sites
+from secondary_sinks.host.sites import attention_layers, missing_sites
 from secondary_sinks.host.text_input import (
     Message,
     Text,
@@ -34,7 +34,7 @@ from secondary_sinks.host.text_input import (
 )
 from secondary_sinks.observe.attention_columns import ATTENTION
 from secondary_sinks.observe.attention_path import AttentionChoice, AttentionPath
-from secondary_sinks.observe.batch import batches_of, hooked_sites, name_of, run_batch
+from secondary_sinks.observe.batch import batches_of, name_of, read_sites, run_batch
 from secondary_sinks.observe.collectors import Collector
 from secondary_sinks.result import from_record, to_record
 from secondary_sinks.storage import load_record, save_record
@@ -226,7 +226,7 @@ def trace(
     pad_id = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
     if isinstance(text, Tensor) and attention_mask is None and pad_id is not None:
         warn_of_padding(texts, pad_id)
-    if any(site.name in SUMMANDS for site in _sites(model, collectors)):
+    if any(site.name in SUMMANDS for one in collectors for site in read_sites(model, one)):
         check_residual_identity(model)
     provenance = Provenance.of(model, fwd_hooks=fwd_hooks)
     tokenizer = getattr(model, "tokenizer", None)
@@ -297,18 +297,12 @@ def _check_collectors(model: Model, collectors: Sequence[Collector], info: Model
                 "cannot be detected in it; norms and alignment of its residual stream can be "
                 "measured (ResidualNorms, ResidualGeometry, MassiveActivations)"
             )
-        for site in missing_sites(model, _sites(model, [collector])):
+        for site in missing_sites(model, read_sites(model, collector)):
             raise ModelError(
                 f"{name_of(collector)} reads {site.name!r}, which {info.name!r} does not have "
                 f"in layer {site.layer}: leave this collector out for this model, or name the hook "
                 "of a layer that has one"
             )
-
-
-def _sites(model: Model, collectors: Iterable[Collector]) -> list[Site]:
-    """The activations that collectors read."""
-    names = [name for collector in collectors for name in hooked_sites(collector)]
-    return layer_sites(names, int(model.cfg.n_layers))
 
 
 def _tensors(results: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
