@@ -59,9 +59,9 @@ from .intervene.mean_activations import mean_activations as mean_activations
 from .loading.aliases import list_models as list_models
 from .loading.load_model import load_model as load_model
 from .observe.attention_collectors import AttentionEntropy as AttentionEntropy
-from .observe.attention_collectors import ReceivedAttention as ReceivedAttention
 from .observe.attention_collectors import NoOpShare as NoOpShare
 from .observe.attention_collectors import OutputGates as OutputGates
+from .observe.attention_collectors import ReceivedAttention as ReceivedAttention
 from .observe.attention_collectors import SinkScores as SinkScores
 from .observe.attention_collectors import sink_rate as sink_rate
 from .observe.attention_columns import AttentionColumns as AttentionColumns

@@ -1,7 +1,7 @@
 """How a model lays out activations that have heads, and the one layout that this library uses.
 
-The sites `q`, `k`, `v` and `z` are [batch, token, head, d_head] here. Some models of TransformerLens
-show them in another way:
+The sites `q`, `k`, `v` and `z` are [batch, token, head, d_head] here. TransformerLens shows them in
+another way in some models:
 
 * latent attention (DeepSeek) has [batch, head, token, d_head]; with as many heads as tokens nothing
   would tell an edit of one token from an edit of one head;
@@ -19,9 +19,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,6 +42,8 @@ _PROBE_LENGTHS = (11, 13, 17, 19)
 class HeadLayout:
     """How one site of one layer differs from [batch, token, head, d_head]."""
 
+    _PARTS: ClassVar[str] = "batch token (head part d) -> part batch token head d"
+
     n_heads: int
     heads_first: bool = False
     """[batch, head, token, d_head]."""
@@ -49,18 +52,17 @@ class HeadLayout:
 
     def read(self, shown: Tensor) -> Float[Tensor, " batch token head d_head"]:
         """The activation that a model shows, in this library's layout."""
-        value = shown.transpose(1, 2) if self.heads_first else shown
-        value = value.flatten(2)
+        value = (shown.transpose(1, 2) if self.heads_first else shown).flatten(2)
         if self.gated:
-            return value.unflatten(2, (self.n_heads, 2, -1))[..., 0, :]
-        return value.unflatten(2, (self.n_heads, -1))
+            return rearrange(value, self._PARTS, head=self.n_heads, part=2)[0]
+        return rearrange(value, "batch token (head d) -> batch token head d", head=self.n_heads)
 
     def write(self, shown: Tensor, new: Float[Tensor, " batch token head d_head"]) -> Tensor:
         """A new activation in the layout of the one that the model shows."""
         if self.gated:
-            parts = shown.flatten(2).unflatten(2, (self.n_heads, 2, -1)).clone()
-            parts[..., 0, :] = new
-            return parts.reshape(shown.shape)
+            gate = rearrange(shown.flatten(2), self._PARTS, head=self.n_heads, part=2)[1]
+            both = rearrange([new, gate], "part batch token head d -> batch token head part d")
+            return both.reshape(shown.shape)
         return new.transpose(1, 2) if self.heads_first else new.reshape(shown.shape)
 
 
@@ -89,8 +91,10 @@ def head_layout(model: Any, site: Site) -> HeadLayout | None:
 
 
 def examine_heads(model: Any) -> None:
-    """Find the layouts of a model, once: before blocks are skipped or attention is replaced, because
-    the pass must show every site."""
+    """Find the layouts of a model, once.
+
+    The pass must show every site, so it comes before blocks are skipped or attention is replaced.
+    """
     if model not in _layouts:
         _layouts[model] = _examine(model)
 
@@ -117,7 +121,9 @@ def _examine(model: Any) -> dict[Site, HeadLayout | str | None]:
     shapes = _shapes(model, min(n_tokens, int(getattr(model.cfg, "n_ctx", None) or n_tokens)))
     layouts: dict[Site, HeadLayout | str | None] = {}
     for layer in range(int(model.cfg.n_layers)):
-        of_layer = {name: shapes[site] for name in HEAD_SITES if (site := Site(name, layer)) in shapes}
+        of_layer = {
+            name: shapes[site] for name in HEAD_SITES if (site := Site(name, layer)) in shapes
+        }
         gated = SITE_HOOKS["q_gate"].format(layer=layer) in model.hook_dict
         for name, layout in _of_layer(of_layer, n_heads, gated).items():
             layouts[Site(name, layer)] = layout

@@ -108,9 +108,7 @@ def choose_engine(
     if not reason:
         measured = "" if error is None else f" (relative error {error:.1e})"
         reason = f"its attention, or a hook on it, cannot be run that way{measured}"
-    raise ModelError(
-        f"{method} rows are wrong in {name_of(model)!r}: {reason}; use method='full'"
-    )
+    raise ModelError(f"{method} rows are wrong in {name_of(model)!r}: {reason}; use method='full'")
 
 
 def _self_test(

@@ -45,8 +45,8 @@ class Intervention:
     """`resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`: [d_model]. `z`, `k`, `v`:
     [head, d_head] (keys before the rotary embedding; key-value heads under grouped-query
     attention), or [d_head] with `head`. `mlp_post`: [d_mlp] (what the MLP's output matrix reads;
-    [d_model], and no neurons, in mixtures of experts), or one `neuron` of it. TransformerLens' name of a layer's hook
-    is accepted and stored as one of these.
+    [d_model], and no neurons, in mixtures of experts), or one `neuron` of it. TransformerLens' name
+    of a layer's hook is accepted and stored as one of these.
 
     `resid_mid` is the residual stream between attention and MLP: an edit reaches both the MLP and
     everything after it, as an edit at HookedTransformer's `hook_resid_mid` does. In a

@@ -46,6 +46,7 @@ _ENGINE_FAILS = (
 )
 """What is raised where a model does not take the mask, the positions or the cache."""
 
+
 class Difference(NamedTuple):
     """What a test of an engine found."""
 
@@ -93,7 +94,9 @@ def difference_from_clean(
     return states.difference_from(clean_states(clean, distinct))
 
 
-def _compare_with_full(model: Any, clean: CleanRun, engine: FastEngine, n_tokens: int) -> Difference:
+def _compare_with_full(
+    model: Any, clean: CleanRun, engine: FastEngine, n_tokens: int
+) -> Difference:
     """The difference on the first tokens of the text, without the user's hooks of this pass."""
     sink_map = detect_sinks(model, clean.tokens[:n_tokens], primary=clean.sink_map.primary_position)
     middle = clean.n_layers // 3
@@ -111,6 +114,7 @@ def _compare_with_full(model: Any, clean: CleanRun, engine: FastEngine, n_tokens
         # One pass begins with the first block, the other at its first edit.
         passes = [run_chunk(engine, model, short, rows) for rows in ([late, early], [late])]
     except _ENGINE_FAILS as error:
-        return Difference(math.inf, str(error) if isinstance(error, ModelError) else repr(error))
+        failed = f"a pass with rows fails ({type(error).__name__}: {error})"
+        return Difference(math.inf, str(error) if isinstance(error, ModelError) else failed)
     full, _ = run_full(model, short, [late, early, late], totals=False, progress=False)
     return Difference(RowStates.joined(passes).difference_from(full))

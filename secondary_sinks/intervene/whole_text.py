@@ -77,7 +77,7 @@ class TextState:
     """One run of a text, reduced to what analyses of sinks read."""
 
     sink_score: Float[Tensor, " layer head token"]
-    """Mean attention from later queries; NaN for the last token, and in layers without attention."""
+    """Mean attention from later queries; NaN for the last token and in layers without attention."""
     norm: Float[Tensor, " layer token"]
     """Norm of the residual after each block."""
     alignment: Float[Tensor, " layer token"]
@@ -105,8 +105,8 @@ class TextState:
 class TextMeter:
     """Reduces the activations of a batch of texts to one `TextState` for each.
 
-    A layer without attention has NaN scores. All arithmetic is differentiable and nothing is written in place, so that the same meter serves
-    a pass with gradients.
+    A layer without attention has NaN scores. All arithmetic is differentiable and nothing is
+    written in place, so that the same meter serves a pass with gradients.
     """
 
     def __init__(self, clean: CleanRun, attention_layers: Sequence[int]):

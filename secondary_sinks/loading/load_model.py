@@ -86,9 +86,9 @@ def load_model(
         LoadError: the source is unknown, missing, pickled, truncated or incomplete; its tokenizer
             is missing; there is no network; the cache cannot be written.
         ModelError: not a causal language model; a multimodal one whose text model cannot be taken
-            out; not known to TransformerLens, or wrapped by it so that it does not run; `device` or
-            `dtype` for a divided model; `kind="hooked"` without TransformerLens 3, or for a model that it
-            converts wrongly.
+            out; not known to TransformerLens, or wrapped by it so that it does not run; `device`
+            or `dtype` for a divided model; `kind="hooked"` without TransformerLens 3, or for a
+            model that it converts wrongly.
 
     Example:
         >>> model = load_model("smollm2-135m", progress=False)

@@ -42,7 +42,7 @@ def text_model_of(name: str, hf: Any) -> Any:
             text model alone gives other logits.
     """
     whole = name if name == type(hf).__name__ else f"{name} ({type(hf).__name__})"
-    inner = getattr(hf, "language_model", None)
+    inner: Any = getattr(hf, "language_model", None)
     text = inner if _is_whole(inner) else _assembled(whole, hf)
     text.config.architectures = [type(text).__name__]
     text.text_model_of = type(hf).__name__
@@ -66,8 +66,8 @@ def _assembled(whole: str, hf: Any) -> Any:
     if causal_class is None or head is None:
         raise ModelError(
             f"{whole} is multimodal, and transformers has no causal language model for its text "
-            f"part alone ({config.model_type}), so it cannot be taken out. Load a text-only model of "
-            "the same family"
+            f"part alone ({config.model_type}), so it cannot be taken out. Load a text-only model "
+            "of the same family"
         )
     with torch.device("meta"):
         text = causal_class(config)

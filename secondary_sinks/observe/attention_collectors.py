@@ -259,8 +259,9 @@ class OutputGates(Collector):
     """How far gated attention is open. Result: Float[Tensor, " layer head token"].
 
     In gated attention (Qwen3-Next, Qwen3.5) each entry of a head's output is multiplied with a gate
-    between 0 and 1, which a query computes for itself. A closed gate writes nothing, so such a model
-    needs no sink for it. It is the mean gate over the entries of a head; NaN in layers without.
+    between 0 and 1, which a query computes for itself. A closed gate writes nothing, so a head
+    needs no sink for that. It is the mean gate over the entries of a head; NaN in layers without
+    gates. Only the eager pass shows it, so attention is not streamed with this collector.
     """
 
     sites = ("q_gate",)

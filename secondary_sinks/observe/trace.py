@@ -292,16 +292,16 @@ def _check_collectors(model: Model, collectors: Sequence[Collector], info: Model
     for collector in collectors:
         if ATTENTION in collector.sites and not shows_attention:
             raise ModelError(
-                f"{name_of(collector)} reads attention, and {info.name!r} shows none in any layer: "
-                "it has none, or TransformerLens does not look into its blocks. Attention sinks "
-                "cannot be detected in it; norms and alignment of its residual stream can be "
+                f"{type(collector).__name__} reads attention, and {info.name!r} shows none in any "
+                "layer: it has none, or TransformerLens does not look into its blocks. Attention "
+                "sinks cannot be detected in it; norms and alignment of its residual stream can be "
                 "measured (ResidualNorms, ResidualGeometry, MassiveActivations)"
             )
         for site in missing_sites(model, read_sites(model, collector)):
             raise ModelError(
-                f"{name_of(collector)} reads {site.name!r}, which {info.name!r} does not have "
-                f"in layer {site.layer}: leave this collector out for this model, or name the hook "
-                "of a layer that has one"
+                f"{type(collector).__name__} reads {site.name!r}, which {info.name!r} does not "
+                f"have in layer {site.layer}: leave this collector out for this model, or name the "
+                "hook of a layer that has one"
             )
 
 

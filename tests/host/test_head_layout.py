@@ -66,7 +66,9 @@ def test_gates_are_no_heads(tiny, tokens_of):
     q = seen_at(model, tokens, Site("q", 1))
     assert q.shape == (9, N_HEADS, 8)
     normed = shown_at(model, tokens, "blocks.1.attn.hook_q_normed").transpose(0, 1)
-    torch.testing.assert_close(q / q.square().mean(-1, keepdim=True).sqrt(), normed, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        q / q.square().mean(-1, keepdim=True).sqrt(), normed, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,5 +95,5 @@ def test_models_that_need_nothing_get_nothing(tiny):
 def test_unknown_axes_are_refused(make_tiny, tokens_of, monkeypatch, shape):
     model = make_tiny("llama")
     monkeypatch.setattr(layouts, "_shapes", lambda *_: {Site("v", 1): (11, *shape)})
-    with pytest.raises(ss.ModelError, match="v of layer 1 .* leave this site out"):
+    with pytest.raises(ss.ModelError, match=r"v of layer 1 .* leave this site out"):
         ss.trace(model, tokens_of(9), [ss.Norms("v")])

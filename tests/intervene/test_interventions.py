@@ -216,5 +216,5 @@ def test_a_mixture_of_experts_has_no_neurons(tiny, tokens_of):
     model = tiny("mixtral")
     sink_map = ss.detect_sinks(model, tokens_of(12))
     edit = ss.Intervention("mlp_post", 1, 3, ss.Zero(), neuron=5)
-    with pytest.raises(ss.InputError, match="layer 1 .* mixture of experts"):
+    with pytest.raises(ss.InputError, match=r"layer 1 .* mixture of experts"):
         ss.counterfactuals(model, sink_map, [edit])

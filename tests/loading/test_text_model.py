@@ -98,7 +98,7 @@ def test_a_text_model_that_transformers_does_not_have_alone_is_refused(tokenizer
     hf = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"intermediate_size": 16})
     )
-    with pytest.raises(ss.ModelError, match="multimodal.*text-only model of the same family"):
+    with pytest.raises(ss.ModelError, match=r"multimodal.*text-only model of the same family"):
         ss.load_model(hf, tokenizer=tokenizer, progress=False)
 
 
