@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty
 from typing import Annotated, Any
@@ -56,6 +56,10 @@ SIZE: dict[str, Any] = {
     "intermediate_size": 48,
     "max_position_embeddings": 128,
     "sliding_window": 16,
+    "attention_chunk_size": 16,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
     # mixtures of experts
     "num_experts": 4,
     "num_local_experts": 4,
@@ -143,6 +147,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layer_types": ["mamba", "attention", "moe", "attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
     "emu3": {"vocabulary_map": {"<image>": 3}},
     "glm4_moe_lite": {"num_key_value_heads": 4, "head_dim": 4},
     "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 4},
@@ -283,7 +291,7 @@ def _examine_into(architecture: str, answers: Any) -> None:
     answers.put(examine(architecture))
 
 
-def page(frame: pd.DataFrame, absent: Iterable[str]) -> str:
+def page(frame: pd.DataFrame, absent: Sequence[str]) -> str:
     """The table as Markdown: "yes" or the number of a reason, and the reasons below."""
     loaded = frame[frame["residual"] != ""]
     reasons: dict[str, int] = {}
@@ -298,10 +306,11 @@ def page(frame: pd.DataFrame, absent: Iterable[str]) -> str:
     lines = ["| architecture | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
-    lines += ["", "Not loaded:", ""]
+    lines.append("")
     for reason, names in frame[frame["residual"] == ""].groupby("load", sort=False)["architecture"]:
-        lines.append(f"* {', '.join(f'`{name}`' for name in names)}: {reason}")
-    lines.append(f"* {', '.join(f'`{name}`' for name in absent)}: not a class of transformers")
+        lines.append(f"* {', '.join(f'`{name}`' for name in names)} not loaded: {reason}")
+    if names := ", ".join(f"`{name}`" for name in absent):
+        lines.append(f"* {names} not tried: transformers has no such class")
     return "\n".join(lines) + "\n"
 
 

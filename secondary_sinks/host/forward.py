@@ -38,6 +38,9 @@ Observer = Callable[[Tensor], None]
 Editor = Callable[[Tensor], "Tensor | None"]
 """Gets an activation and returns None or a new one."""
 
+_TOKEN_AXES = {"resid_pre": 1, "resid_post": 1, "attn_scores": 2, "pattern": 2}
+"""Sites that show whether a model computes all tokens in a layer, and their axis of tokens."""
+
 
 def observe(
     model: Any,
@@ -104,6 +107,7 @@ def forward(
     def hook_of(index: int, editor: Editor) -> Callable[..., Tensor | None]:
         def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
             counts[index] += 1
+            _check_tokens(model, editors[index][0], activation, tokens.shape[1])
             return editor(activation.detach())
 
         return hook
@@ -140,6 +144,16 @@ def forward(
             "architecture cannot be measured there"
         )
     return output if logits else None
+
+
+def _check_tokens(model: Any, site: Site, shown: Tensor, n_tokens: int) -> None:
+    """Raise `ModelError` where a model leaves tokens out that later layers do not need."""
+    n_shown = shown.shape[_TOKEN_AXES[site.name]] if site.name in _TOKEN_AXES else n_tokens
+    if n_shown != n_tokens:
+        raise ModelError(
+            f"{spell_site(site)} of {name_of(model)!r} has {n_shown} of the {n_tokens} tokens: the "
+            "model does not compute the others there, so this layer cannot be measured"
+        )
 
 
 def fired(
@@ -225,5 +239,11 @@ def _cheap_forward_arguments(model: Any, *, logits: bool) -> dict[str, Any]:
     if generation_of(model) != "bridge":
         return {}
     accepted = inspect.signature(model.original_model.forward).parameters
-    arguments = {"use_cache": False} | ({} if logits else {"logits_to_keep": 1})
+    arguments: dict[str, Any] = {"use_cache": False}
+    if not logits:
+        # Given a number, a model whose last layers share keys and values (Gemma 4) computes these
+        # layers for the last tokens alone.
+        shares = getattr(model.original_model.config, "num_kv_shared_layers", 0)
+        last = torch.tensor([-1], device=input_device(model)) if shares else 1
+        arguments["logits_to_keep"] = last
     return {name: value for name, value in arguments.items() if name in accepted}

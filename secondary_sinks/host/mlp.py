@@ -181,7 +181,8 @@ def _weights(module: Any) -> _Weights:
     inner = getattr(module, "original_component", None) or module
     names = ("act_fn", "activation_fn", "act", "activation")
     functions = (getattr(inner, name, None) for name in names)
-    activation: Any = next((function for function in functions if callable(function)), None)
+    # Without such an attribute the usual function is assumed (LFM2), and checked as all others are.
+    activation: Any = next((f for f in functions if callable(f)), torch.nn.functional.silu)
     b_in, b_out = _tensor(module, "b_in"), _tensor(module, "b_out")
     if w_gate is None:
         return _Weights("plain", {"pre": (w_in, b_in)}, w_out, b_out, activation)

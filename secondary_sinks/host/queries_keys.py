@@ -177,8 +177,11 @@ def by_query_head(
 def query_key_biases(
     model: Any, layer: int
 ) -> tuple[Float[Tensor, " head d_head"] | None, Float[Tensor, " kv_head d_head"] | None]:
-    """Biases of queries and keys; None where there are none."""
-    biases = [getattr(model.blocks[layer].attn, name, None) for name in ("b_Q", "b_K")]
+    """Biases of queries and keys; None where there are none, or not by head (latent attention)."""
+    try:
+        biases = [getattr(model.blocks[layer].attn, name, None) for name in ("b_Q", "b_K")]
+    except NotImplementedError:
+        return None, None
     query, key = (
         bias.detach().float()
         if isinstance(bias, Tensor) and bias.ndim == 2 and bool((bias != 0).any())

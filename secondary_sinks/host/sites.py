@@ -200,6 +200,17 @@ def attention_layers(model: Any) -> tuple[int, ...]:
     return tuple(layer for layer in layers if _hook_of(Site("pattern", layer), points) in points)
 
 
+def need_attention_everywhere(model: Any, what: str) -> None:
+    """Raise `ModelError` for a hybrid, whose heads `what` cannot compare over all layers."""
+    without = set(range(int(model.cfg.n_layers))) - set(attention_layers(model))
+    if without:
+        raise ModelError(
+            f"{what} reads the heads of every layer, and {spell_layers(sorted(without))} of "
+            f"{name_of(model)!r} have no attention; counterfactuals and attribute_to_mlps can be "
+            "used there"
+        )
+
+
 def recurrent_layers(model: Any) -> tuple[int, ...]:
     """The layers in which something else than attention, or beside it, mixes tokens: a state or a
     convolution that each token hands to the next."""

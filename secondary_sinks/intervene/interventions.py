@@ -176,9 +176,12 @@ def apply_edit(
         ordinary: which tokens are ordinary, `[token]`.
 
     Raises:
-        InputError: the edit returns another shape, or NaN or infinite values.
+        InputError: the edit returns another shape, or NaN or infinite values, or the layer has
+            fewer heads.
     """
     edit = intervention.edit
+    if intervention.head is not None:  # layers can differ in their numbers of key-value heads
+        _check_range("head", intervention.head, len(value))
     part, clean_part = value[intervention.index], clean[:, intervention.index]
     if type(edit) not in PURE_EDITS:
         part, clean_part, ordinary = part.clone(), clean_part.clone(), ordinary.clone()
