@@ -135,7 +135,7 @@ OTHER_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
-# Layers without attention, attention of another kind, or none at all.
+# Layers that differ from each other, latent attention, and no attention at all.
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-next": (
         "Qwen3NextConfig",
@@ -152,6 +152,14 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         LLAMA_LIKE
         | {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2}
         | {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        LLAMA_LIKE
+        | WINDOW
+        | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "global_head_dim": 16}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 64},
     ),
 }
 LATENT = {

@@ -342,3 +342,14 @@ def test_models_that_show_weights_have_attention_and_no_logits(tiny, tokens_of, 
             later = cache[f"blocks.{layer}.attn.hook_pattern"][0, :, 1:, 0].mean(dim=1)
             torch.testing.assert_close(heads.primary_score[layer], later, rtol=1e-3, atol=1e-4)
     assert (heads.entropy <= heads.uniform_entropy[:, None] + 1e-4).all()
+
+
+def test_latent_attention_is_read_and_hybrids_are_refused(tiny, tokens_of):
+    """The parts of a logit are checked against the model's own scores."""
+    model = tiny("deepseek")
+    sink_map = dataclasses.replace(ss.detect_sinks(model, tokens_of(48)), phases=((0, 3),))
+    reads = ss.head_reads(model, sink_map, sinks=[9])
+    assert reads.error < 1e-5
+    hybrid = tiny("lfm2")
+    with pytest.raises(ss.ModelError, match=r"head_reads .* layers 0 and 2 .* no attention"):
+        ss.head_reads(hybrid, ss.detect_sinks(hybrid, tokens_of(48)), sinks=[9])

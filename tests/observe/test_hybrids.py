@@ -113,3 +113,31 @@ def test_gates_of_gated_attention(tiny, hf_model, tokens_of):
     torch.testing.assert_close(gates[1], gate.sigmoid().mean(dim=-1).T)
     with pytest.raises(ss.ModelError, match="q_gate"):
         ss.trace(tiny("llama"), tokens, [ss.OutputGates()])
+
+
+def test_layers_with_shared_keys_and_values_compute_all_tokens(tiny, hf_model, tokens_of):
+    """For the last logits alone, Gemma 4 would compute its last layers for the last token alone."""
+    model, tokens = tiny("gemma4"), tokens_of(N)
+    with torch.no_grad():
+        output = hf_model("gemma4")(tokens[None], output_hidden_states=True, output_attentions=True)
+    norms = torch.stack([state[0].norm(dim=-1) for state in output.hidden_states[1:-1]])
+    for way in ("eager", "streaming"):
+        trace_result = ss.trace(model, tokens, [ss.ResidualNorms(), ss.SinkScores()], attention=way)
+        torch.testing.assert_close(trace_result["ResidualNorms"][:-1], norms)
+        received = output.attentions[3][0].tril(-1).sum(dim=1) / torch.arange(N - 1, -1, -1)
+        torch.testing.assert_close(trace_result["SinkScores"][3][:, :-8], received[:, :-8])
+
+
+def test_blocks_that_add_something_else_are_measured_and_not_attributed(tiny, tokens_of):
+    model, tokens = tiny("gemma4"), tokens_of(N)
+    with pytest.raises(ss.ModelError, match=r"not the sum .* Norms, alignment and attention"):
+        ss.trace(model, tokens, [ss.Norms("mlp_out")])
+
+
+def test_a_layer_that_leaves_tokens_out_is_refused(make_tiny, tokens_of):
+    model = make_tiny("llama")
+    model.blocks[2].original_component.register_forward_hook(
+        lambda module, inputs, out: out[:, -1:]
+    )
+    with pytest.raises(ss.ModelError, match=f"resid_post of layer 2 .* has 1 of the {N} tokens"):
+        ss.trace(model, tokens_of(N), [ss.ResidualNorms()])
