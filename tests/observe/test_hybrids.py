@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -141,3 +143,12 @@ def test_a_layer_that_leaves_tokens_out_is_refused(make_tiny, tokens_of):
     )
     with pytest.raises(ss.ModelError, match=f"resid_post of layer 2 .* has 1 of the {N} tokens"):
         ss.trace(model, tokens_of(N), [ss.ResidualNorms()])
+
+
+def test_scores_of_a_life_are_of_the_layers_with_attention(tiny, tokens_of):
+    model = tiny("lfm2")
+    sink_map = dataclasses.replace(ss.detect_sinks(model, tokens_of(N)), phases=((0, 3),))
+    result = ss.attribute_to_mlps(model, sink_map, sinks=[POSITION], n_controls=1, progress=False)
+    expected = sink_map.array("mean_attention")[1, :, POSITION].mean()
+    assert result.sinks[0].score == pytest.approx(float(expected), rel=1e-4)
+    assert result.attention_zero.score[0].isfinite().all()
