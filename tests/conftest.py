@@ -153,6 +153,13 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2}
         | {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     ),
+    "granite4": (
+        "GraniteMoeHybridConfig",
+        LLAMA_LIKE
+        | {"layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope"}
+        | {"num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 16}
+        | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_chunk_size": 8},
+    ),
     "gemma4": (
         "Gemma4TextConfig",
         LLAMA_LIKE

@@ -326,6 +326,8 @@ def _wrap(name: str, hf: Any, tokenizer: Any, kind: str, progress: bool) -> Any:
 
             _warn_of_eager_alibi(name, hf)
             expected = probe_logits(name, hf)
+            base = hf.base_model
+            has_rotary = getattr(base, "rotary_emb", base) is not None
             try:
                 model = TransformerBridge.boot_transformers(
                     name, hf_model=hf, tokenizer=tokenizer, device=weight.device, dtype=weight.dtype
@@ -334,6 +336,8 @@ def _wrap(name: str, hf: Any, tokenizer: Any, kind: str, progress: bool) -> Any:
                 raise ModelError(
                     f"TransformerLens cannot wrap {name} ({type(hf).__name__}): {error}"
                 ) from error
+            if not has_rotary:  # TransformerLens puts an empty one there (Granite 4)
+                base.rotary_emb = None
             model.eval()
             check_wrapped(name, model, expected)
     # By default TransformerLens puts a BOS token before every text. A model that was trained

@@ -11,14 +11,15 @@ import secondary_sinks as ss
 from secondary_sinks.host.identity import check_residual_identity
 
 N, POSITION = 24, 9
-WITHOUT = {"qwen3-next": [0], "lfm2": [0, 2], "jamba": [0, 2]}
+WITHOUT = {"qwen3-next": [0], "lfm2": [0, 2], "jamba": [0, 2], "granite4": [0, 2]}
 
 
-@pytest.fixture(params=list(WITHOUT))
+@pytest.fixture(params=["qwen3-next", "lfm2", "jamba"])
 def hybrid(request):
     return request.param
 
 
+@pytest.mark.parametrize("hybrid", list(WITHOUT))
 def test_residuals_everywhere_and_attention_where_there_is_some(tiny, hf_model, tokens_of, hybrid):
     model, tokens = tiny(hybrid), tokens_of(N)
     collectors = [ss.ResidualNorms(), ss.SinkScores(min_queries=1), ss.ReceivedAttention()]
