@@ -200,6 +200,14 @@ def attention_layers(model: Any) -> tuple[int, ...]:
     return tuple(layer for layer in layers if _hook_of(Site("pattern", layer), points) in points)
 
 
+def layers_with_keys(model: Any) -> tuple[int, ...]:
+    """The layers with attention that have keys and values of their own; in some models the last
+    layers use those of earlier ones (Gemma 4)."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    n_own = int(model.cfg.n_layers) - int(getattr(config, "num_kv_shared_layers", None) or 0)
+    return tuple(layer for layer in attention_layers(model) if layer < n_own)
+
+
 def need_attention_everywhere(model: Any, what: str) -> None:
     """Raise `ModelError` for a hybrid, whose heads `what` cannot compare over all layers."""
     without = set(range(int(model.cfg.n_layers))) - set(attention_layers(model))

@@ -334,7 +334,7 @@ def _wrap(name: str, hf: Any, tokenizer: Any, kind: str, progress: bool) -> Any:
                 )
             except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
                 raise ModelError(
-                    f"TransformerLens cannot wrap {name} ({type(hf).__name__}): {error}"
+                    f"TransformerLens cannot wrap {name} ({type(hf).__name__}): {one_line(error)}"
                 ) from error
             if not has_rotary:  # TransformerLens puts an empty one there (Granite 4)
                 base.rotary_emb = None

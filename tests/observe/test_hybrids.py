@@ -153,3 +153,17 @@ def test_scores_of_a_life_are_of_the_layers_with_attention(tiny, tokens_of):
     expected = sink_map.array("mean_attention")[1, :, POSITION].mean()
     assert result.sinks[0].score == pytest.approx(float(expected), rel=1e-4)
     assert result.attention_zero.score[0].isfinite().all()
+
+
+def test_a_key_is_read_wherever_it_is_used(tiny, tokens_of):
+    """The last layers of Gemma 4 use the keys of the last layer of their kind before them."""
+    model = tiny("gemma4")
+    sink_map = ss.detect_sinks(model, tokens_of(N))
+    edits = [
+        ss.Intervention("k", 1, POSITION, ss.Zero()),
+        ss.Intervention("k", 1, POSITION, ss.Scale(1.0)),
+    ]
+    rows = ss.counterfactuals(model, sink_map, edits, method="full", progress=False)
+    clean = sink_map.array("mean_attention")[:, :, POSITION]
+    changed = (rows.direct_score - clean).abs().amax(dim=2) > 1e-5
+    assert changed.tolist() == [[False, True, False, True], [False] * 4]
