@@ -117,7 +117,8 @@ class AttentionColumns:
     """Logarithm of the sum of exponentials of each query's logits, including a learned sink logit.
     Only of streamed attention: a pattern does not determine it."""
     by_segment: Float[Tensor, " segment token"] | None = None
-    """Sum over all heads and the later queries of each segment of A[i, t]."""
+    """Sum over all heads and the later queries of each segment of A[i, t]. None as well in a layer
+    without attention, and where attention is fused."""
     inputs: AttentionInputs | None = None
     """Queries, keys and values, with a batch of this text alone. Only of streamed attention."""
     total: Float[Tensor, " head query"] | None = None

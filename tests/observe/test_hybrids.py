@@ -51,6 +51,21 @@ def test_streamed_as_eager(tiny, tokens_of, hybrid):
         assert ways[0][name][0].isnan().all()
 
 
+@pytest.mark.parametrize("way", ["streaming", "eager"])
+def test_no_query_sees_a_token_in_a_layer_without_attention(tiny, tokens_of, way):
+    n_tokens = 48  # enough for steady attention
+    collectors = [ss.Visibility(), ss.SteadyAttention()]
+    trace_result = ss.trace(tiny("lfm2"), tokens_of(n_tokens), collectors, attention=way)
+    visible, steady = trace_result["Visibility"], trace_result["SteadyAttention"]
+    assert visible.n_seeing[1].tolist() == list(range(n_tokens - 1, -1, -1))
+    assert visible.uniform[1, :-1].isfinite().all()
+    assert steady[1].isfinite().any()
+    for layer in WITHOUT["lfm2"]:
+        assert visible.n_seeing[layer].tolist() == [0] * n_tokens
+        assert visible.uniform[layer].isnan().all()
+        assert steady[layer].isnan().all()
+
+
 def test_a_mixer_adds_what_attention_would(tiny, hybrid):
     assert check_residual_identity(tiny(hybrid)) < 1e-5
 
