@@ -55,7 +55,7 @@ def test_the_planted_truth_is_recovered_exactly(seed):
         nearest = sinks.margins(None)
         assert nearest.closeness.max() < 0.9, "decoys and ordinary tokens are far from passing"
         decoys = nearest[nearest.position.isin(truth.decoys_aligned)]
-        assert (decoys.failed == "attention").all()
+        assert decoys.failed.isin(["attention", "strength"]).all()
 
 
 def one_sink(**kwargs):
@@ -451,7 +451,7 @@ def test_refilter_judges_as_detection_does(tmp_path):
     detected = ss.detect_sinks(host, tokens, **thresholds)
     assert again.sinks == detected.sinks
     assert again.thresholds == detected.thresholds
-    assert again.refilter(min_lifetime=2, min_strength=0.22, min_alignment=0.9).sinks == sinks.sinks
+    assert again.refilter(min_lifetime=2, min_strength=0.3, min_alignment=0.9).sinks == sinks.sinks
     assert 0 < len(sinks.refilter(min_lifetime=6).secondary) < len(sinks.secondary)
     with pytest.raises(ss.InputError, match="min_cosine"):
         sinks.refilter(min_cosine=0.9)
