@@ -59,6 +59,8 @@ from .intervene.mean_activations import mean_activations as mean_activations
 from .loading.aliases import list_models as list_models
 from .loading.load_model import load_model as load_model
 from .observe.attention_collectors import AttentionEntropy as AttentionEntropy
+from .observe.attention_collectors import NoOpShare as NoOpShare
+from .observe.attention_collectors import OutputGates as OutputGates
 from .observe.attention_collectors import ReceivedAttention as ReceivedAttention
 from .observe.attention_collectors import SinkScores as SinkScores
 from .observe.attention_collectors import Visibility as Visibility

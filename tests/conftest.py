@@ -139,6 +139,59 @@ OTHER_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 } | {kind: UNMASKABLE[kind] for kind in ("opt", "gptj", "gpt-neo", "bloom")}
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+# Layers that differ from each other, latent attention, and no attention at all.
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        LLAMA_LIKE
+        | EXPERTS
+        | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention", "full_attention"]}
+        | {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    ),
+    "lfm2": ("Lfm2Config", LLAMA_LIKE | {"layer_types": ["conv", "full_attention", "conv"]}),
+    "jamba": (
+        "JambaConfig",
+        LLAMA_LIKE
+        | {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2}
+        | {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    ),
+    "granite4": (
+        "GraniteMoeHybridConfig",
+        LLAMA_LIKE
+        | {"layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope"}
+        | {"num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 16}
+        | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_chunk_size": 8},
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        LLAMA_LIKE
+        | WINDOW
+        | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "global_head_dim": 16}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 64},
+    ),
+}
+LATENT = {
+    "deepseek": (
+        "DeepseekV3Config",
+        SIZE
+        | {"num_key_value_heads": 4, "intermediate_size": 48, "max_position_embeddings": 128}
+        | {"q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 4, "qk_rope_head_dim": 4}
+        | {"qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 3},
+    ),
+}
+WITHOUT_ATTENTION = {
+    "mamba": (
+        "MambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 64, "state_size": 4}
+        | {"time_step_rank": 4},
+    ),
+}
+
 
 WINDOWED = {
     "mistral": (True, True, True),
@@ -170,7 +223,8 @@ def build_hf(family: str, seed: int = 0) -> Any:
     initialization so that attention is not uniform."""
     import transformers
 
-    name, arguments = (FAMILIES | UNMASKABLE | OTHER_ATTENTION)[family]
+    kinds = FAMILIES | UNMASKABLE | OTHER_ATTENTION | HYBRIDS | LATENT | WITHOUT_ATTENTION
+    name, arguments = kinds[family]
     token_ids = {"bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, name)(**(token_ids | arguments))
     state = torch.random.get_rng_state()

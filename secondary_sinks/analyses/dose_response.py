@@ -172,12 +172,12 @@ class DoseResponse(Result):
     @property
     def score(self) -> Float[Tensor, " dose"]:
         """Mean direct score over the layers that show the clean sink's life; NaN if none does."""
-        return self.direct_score[:, self._shown].mean(dim=1)
+        return self.direct_score[:, self._shown].nanmean(dim=1)
 
     @property
     def total(self) -> Float[Tensor, " dose"]:
         """Mean total score over the same layers."""
-        return self.total_score[:, self._shown].mean(dim=1)
+        return self.total_score[:, self._shown].nanmean(dim=1)
 
     @property
     def saturation_dose(self) -> float:

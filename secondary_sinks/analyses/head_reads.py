@@ -42,6 +42,7 @@ from secondary_sinks.host.queries_keys import (
     query_key_biases,
     query_key_plan,
 )
+from secondary_sinks.host.sites import need_attention_everywhere
 from secondary_sinks.host.visible_keys import is_visible
 from secondary_sinks.observe.attention_columns import ATTENTION
 from secondary_sinks.observe.collectors import Collector, Run
@@ -124,6 +125,7 @@ def head_reads(
     if n_matched < 1:
         raise InputError(f"n_matched is {n_matched}; it must be 1 or more")
     check_map(model, sink_map, fwd_hooks=fwd_hooks)
+    need_attention_everywhere(model, "head_reads")
     chosen = [*sink_map.primary, *sink_map.select(sinks)]
     read = _read_sinks(sink_map, chosen, n_matched, seed)
     plan = query_key_plan(model)

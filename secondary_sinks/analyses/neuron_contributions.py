@@ -543,7 +543,7 @@ def _outcomes(
                 lifetime=int(rows.is_sink[row, target.phase].sum()),
                 norm=float(rows.norm[row, target.life].mean()),
                 length_left=left / clean_length if clean_length > 0 else math.nan,
-                score=float(rows.direct_score[row, target.shown].mean()),
+                score=float(rows.direct_score[row, target.shown].nanmean()),
             )
         )
     return tuple(tests)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
+from secondary_sinks.host.sites import need_attention_everywhere
 from secondary_sinks.observe.collectors import Norms, ResidualNorms
 from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result, counted
@@ -73,6 +74,7 @@ def norm_profiles(
         ModelError: the model has no site of keys or values.
     """
     check_map(model, sink_map, fwd_hooks=fwd_hooks)
+    need_attention_everywhere(model, "norm_profiles")
     nothing_else = sinks == "secondary" and not sink_map.secondary
     chosen = [] if nothing_else else sink_map.select(sinks)
     collectors = [Norms("k"), Norms("v"), ResidualNorms()]

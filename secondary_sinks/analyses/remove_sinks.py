@@ -296,7 +296,7 @@ class SinkRemoval(Result):
             lives = [sink for sink in self.sinks if sink.position == source]
             life, shown = [x for sink in lives for x in sink.layers], self._shown(lives)
             clean, edited = (
-                float(score[shown, :, position].mean())
+                float(score[shown, :, position].nanmean())
                 for score in (self.clean_score, self.edited_score)
             )
             lifetime = int(self.is_sink[index].sum())
@@ -354,7 +354,7 @@ class SinkRemoval(Result):
         return sorted(layer + 1 for layer in alive if layer + 1 < n_layers)
 
     def _live(self, score: Float[Tensor, " layer head"]) -> float:
-        return float(score[self.live_layers].mean())
+        return float(score[self.live_layers].nanmean())
 
 
 _OF_SINKS = ("removed", "weakened, still aligned", "still a sink")

@@ -68,7 +68,7 @@ class Target:
             "norm": rows.norm[index][..., self.life].mean(dim=-1),
             "length": (norm * alignment)[..., self.life].mean(dim=-1),
             "lifetime": rows.is_sink[index][..., self.phase].sum(dim=-1),
-            "score": rows.direct_score[index][..., self.shown, :].mean(dim=(-2, -1)),
+            "score": rows.direct_score[index][..., self.shown, :].nanmean(dim=(-2, -1)),
         }
 
     @property
@@ -83,7 +83,7 @@ class Target:
         score = self.sink_map.sink_score
         if score is None or not self.shown:
             return math.nan
-        return float(score[self.shown, :, self.sink.position].mean())
+        return float(score[self.shown, :, self.sink.position].nanmean())
 
     def clean_norm(self) -> float:
         """Residual norm of the unedited token, mean over the life."""

@@ -42,7 +42,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
+from secondary_sinks.host.head_layout import examine_heads
 from secondary_sinks.host.model_info import generation_of
+from secondary_sinks.host.sites import attention_layers
 from secondary_sinks.host.temporary import exchanged
 from secondary_sinks.host.visible_keys import window_of_module
 
@@ -123,7 +125,8 @@ def replaced_attention(
     Raises:
         ModelError: the model's attention cannot be replaced; the message says why.
     """
-    layers = list(enumerate(_attention_bridges(model)))
+    layers = list(_attention_bridges(model).items())
+    examine_heads(model)
     with ExitStack() as stack:
         _register_with_hugging_face(model, stack, attend, dict(_modules_of(layers)), look_up)
         for layer, component in layers:
@@ -137,7 +140,7 @@ def replaced_attention(
 def sliding_windows(model: Any) -> set[int]:
     """Widths of the sliding windows of all layers, according to the configuration."""
     names = ("sliding_window", "attention_chunk_size", "window_size")
-    owners = [getattr(c, "original_component", None) for c in _attention_bridges(model)]
+    owners = [getattr(c, "original_component", None) for c in _attention_bridges(model).values()]
     config = getattr(getattr(model, "original_model", None), "config", None)
     if set(getattr(config, "layer_types", None) or [""]) != {"full_attention"}:
         owners.append(config)  # with full attention it may name a width that no layer has
@@ -154,23 +157,28 @@ def has_module_hooks(model: Any) -> bool:
     """
     return any(
         not getattr(hook, "__module__", "").startswith(("transformers.", _TRANSFORMER_LENS))
-        for component in _attention_bridges(model)
+        for component in _attention_bridges(model).values()
         for module in (component, component.original_component)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
 
 
-def _attention_bridges(model: Any) -> list[Any]:
+def _attention_bridges(model: Any) -> dict[int, Any]:
+    """The attention components by layer; hybrids have none in some layers."""
     if generation_of(model) != "bridge":
         raise ModelError(
             f"{type(model).__name__} computes scores, mask, softmax and hooks of its attention in "
             "one step, which cannot be replaced; load the model as a TransformerBridge"
         )
-    components = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
+    components = {
+        layer: getattr(block, "attn", None)
+        for layer, block in enumerate(getattr(model, "blocks", ()))
+        if layer in attention_layers(model)
+    }
     if not components or any(
-        getattr(component, "original_component", None) is None for component in components
+        getattr(component, "original_component", None) is None for component in components.values()
     ):
-        raise ModelError("not every block of this model has attention")
+        raise ModelError("TransformerLens does not wrap its attention as a part of its blocks")
     return components
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from secondary_sinks.host.forward import forward
-from secondary_sinks.host.identity import hooks_aside
+from secondary_sinks.host.head_layout import examine_heads
+from secondary_sinks.host.hooks_aside import hooks_aside
 from secondary_sinks.host.temporary import exchanged
 
 
@@ -34,6 +35,7 @@ def skipping(model: Any, n_blocks: int) -> Iterator[None]:
         n_blocks: how many blocks to skip.
     """
     pass_through = _pass_through(model)
+    examine_heads(model)
     with ExitStack() as stack:
         for block in list(model.blocks)[:n_blocks]:
             stack.enter_context(exchanged(block, "forward", pass_through))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.condition import refuse_dropout
+from secondary_sinks.host.head_layout import head_layout, in_layout
 from secondary_sinks.host.memory import input_device
 from secondary_sinks.host.model_info import generation_of, name_of
 from secondary_sinks.host.protocol import UserHook
@@ -36,6 +37,9 @@ Observer = Callable[[Tensor], None]
 """Gets an activation and must not change it."""
 Editor = Callable[[Tensor], "Tensor | None"]
 """Gets an activation and returns None or a new one."""
+
+_TOKEN_AXES = {"resid_pre": 1, "resid_post": 1, "attn_scores": 2, "pattern": 2}
+"""Sites that show whether a model computes all tokens in a layer, and their axis of tokens."""
 
 
 def observe(
@@ -103,6 +107,7 @@ def forward(
     def hook_of(index: int, editor: Editor) -> Callable[..., Tensor | None]:
         def hook(activation: Tensor, hook: Any = None) -> Tensor | None:
             counts[index] += 1
+            _check_tokens(model, editors[index][0], activation, tokens.shape[1])
             return editor(activation.detach())
 
         return hook
@@ -111,7 +116,7 @@ def forward(
     points = model.hook_dict
     with torch.no_grad(), ExitStack() as stack:
         for index, (site, editor) in enumerate(editors):
-            hook = hook_of(index, editor)
+            hook = hook_of(index, in_layout(head_layout(model, site), editor))
             if site.name == FINAL_NORM:
                 stack.enter_context(_final_norm_hook(model, hook))
             elif (module := module_of_site(model, site, points)) is not None:
@@ -141,6 +146,16 @@ def forward(
     return output if logits else None
 
 
+def _check_tokens(model: Any, site: Site, shown: Tensor, n_tokens: int) -> None:
+    """Raise `ModelError` where a model leaves tokens out that later layers do not need."""
+    n_shown = shown.shape[_TOKEN_AXES[site.name]] if site.name in _TOKEN_AXES else n_tokens
+    if n_shown != n_tokens:
+        raise ModelError(
+            f"{spell_site(site)} of {name_of(model)!r} has {n_shown} of the {n_tokens} tokens: the "
+            "model does not compute the others there, so this layer cannot be measured"
+        )
+
+
 def fired(
     model: Any, tokens: Int[Tensor, " batch token"], sites: Sequence[Site]
 ) -> dict[Site, Tensor]:
@@ -153,8 +168,11 @@ def fired(
     activations: dict[Site, list[Tensor]] = {site: [] for site in sites if site not in missing}
 
     def appender(site: Site) -> Callable[..., None]:
+        layout = head_layout(model, site)
+
         def append(activation: Tensor, hook: Any = None) -> None:
-            activations[site].append(activation.detach())
+            shown = activation.detach()
+            activations[site].append(shown if layout is None else layout.read(shown))
 
         return append
 
@@ -221,5 +239,11 @@ def _cheap_forward_arguments(model: Any, *, logits: bool) -> dict[str, Any]:
     if generation_of(model) != "bridge":
         return {}
     accepted = inspect.signature(model.original_model.forward).parameters
-    arguments = {"use_cache": False} | ({} if logits else {"logits_to_keep": 1})
+    arguments: dict[str, Any] = {"use_cache": False}
+    if not logits:
+        # Given a number, a model whose last layers share keys and values (Gemma 4) computes these
+        # layers for the last tokens alone.
+        shares = getattr(model.original_model.config, "num_kv_shared_layers", 0)
+        last = torch.tensor([-1], device=input_device(model)) if shares else 1
+        arguments["logits_to_keep"] = last
     return {name: value for name, value in arguments.items() if name in accepted}

@@ -7,9 +7,6 @@ TransformerLens can wrap a model whose blocks add something more, without a warn
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +14,13 @@ from torch import Tensor
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.forward import Observer, observe
+from secondary_sinks.host.hooks_aside import hooks_aside
 from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.sites import Site
+
+SUMMANDS = frozenset({"attn_out", "mlp_out", "resid_mid"})
+"""The sites whose meaning rests on the identity."""
 
 _largest_errors: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 """Of the models that were checked."""
@@ -74,25 +75,10 @@ def check_residual_identity(model: Any, *, n_tokens: int = 8) -> float:
     if torch.isfinite(errors).all() and largest > tolerance(model):
         raise ModelError(
             f"in {info.name!r}, layer {int(errors.argmax())}, the residual stream is not the sum "
-            f"of what the attention and the MLP add to it (relative error {largest:.1e}); this "
-            "library cannot attribute anything in blocks of this kind"
+            f"of what the attention and the MLP add to it (relative error {largest:.1e}): its "
+            "blocks add something else too, so attn_out, mlp_out and resid_mid have no meaning "
+            "there and nothing can be attributed to them. Norms, alignment and attention can be "
+            "measured"
         )
     _largest_errors[model] = largest
     return largest
-
-
-@contextmanager
-def hooks_aside(model: Any) -> Iterator[None]:
-    """Within the context the model's hook points have none of the user's functions.
-
-    A user's hook may fit one text only, and must not run on the few tokens of a check.
-    """
-    points = {id(point): point for point in model.hook_dict.values()}.values()
-    hooks_of = [(point, point._forward_hooks) for point in points]
-    for point, _ in hooks_of:
-        point._forward_hooks = OrderedDict()
-    try:
-        yield
-    finally:
-        for point, hooks in hooks_of:
-            point._forward_hooks = hooks

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from secondary_sinks.errors import InputError, ModelError
 from secondary_sinks.host.forward import observe
-from secondary_sinks.host.identity import hooks_aside
+from secondary_sinks.host.hooks_aside import hooks_aside
 from secondary_sinks.host.model_info import describe, name_of
 from secondary_sinks.host.norm_map import NormMap
 from secondary_sinks.host.precision import tolerance
@@ -145,6 +145,12 @@ def need_neurons(model: Any, layer: int) -> Mlp:
     return mlp
 
 
+def shows_neurons(model: Any, layer: int) -> bool:
+    """Whether `mlp_post` of a layer has an entry for each neuron; in a mixture of experts, where
+    each token uses other weights, it has one for each residual dimension."""
+    return _weights(model.blocks[layer].mlp).kind != "experts"
+
+
 class _Weights(NamedTuple):
     """The fields of `Mlp` that are read from the module."""
 
@@ -175,7 +181,8 @@ def _weights(module: Any) -> _Weights:
     inner = getattr(module, "original_component", None) or module
     names = ("act_fn", "activation_fn", "act", "activation")
     functions = (getattr(inner, name, None) for name in names)
-    activation: Any = next((function for function in functions if callable(function)), None)
+    # Without such an attribute the usual function is assumed (LFM2), and checked as all others are.
+    activation: Any = next((f for f in functions if callable(f)), torch.nn.functional.silu)
     b_in, b_out = _tensor(module, "b_in"), _tensor(module, "b_out")
     if w_gate is None:
         return _Weights("plain", {"pre": (w_in, b_in)}, w_out, b_out, activation)

@@ -34,6 +34,9 @@ class ModelInfo:
     """How the weights differ from the raw ones (empty: raw). Sinks are defined on raw weights;
     folding and centering change residual norms and cosines."""
 
+    text_model_of: str = ""
+    """Class of the multimodal model that it was taken from; empty for a model by itself."""
+
     @property
     def is_processed(self) -> bool:
         """Whether the weights were changed after loading."""
@@ -74,6 +77,7 @@ def describe(model: Any) -> ModelInfo:
         device=str(input_device(model)),
         revision=getattr(config, "_commit_hash", None),
         processing=processing(model),
+        text_model_of=getattr(getattr(model, "original_model", None), "text_model_of", ""),
     )
 
 

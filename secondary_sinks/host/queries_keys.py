@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.host.forward import fired
-from secondary_sinks.host.identity import hooks_aside
+from secondary_sinks.host.hooks_aside import hooks_aside
 from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.sites import Site
 from secondary_sinks.host.visible_keys import is_visible
@@ -178,8 +178,11 @@ def by_query_head(
 def query_key_biases(
     model: Any, layer: int
 ) -> tuple[Float[Tensor, " head d_head"] | None, Float[Tensor, " kv_head d_head"] | None]:
-    """Biases of queries and keys; None where there are none."""
-    biases = [getattr(model.blocks[layer].attn, name, None) for name in ("b_Q", "b_K")]
+    """Biases of queries and keys; None where there are none, or not by head (latent attention)."""
+    try:
+        biases = [getattr(model.blocks[layer].attn, name, None) for name in ("b_Q", "b_K")]
+    except NotImplementedError:
+        return None, None
     query, key = (
         bias.detach().float()
         if isinstance(bias, Tensor) and bias.ndim == 2 and bool((bias != 0).any())

@@ -33,6 +33,7 @@ SITE_HOOKS: dict[str, str] = {
     "k": "blocks.{layer}.attn.hook_k",
     "v": "blocks.{layer}.attn.hook_v",
     "z": "blocks.{layer}.attn.hook_z",
+    "q_gate": "blocks.{layer}.attn.hook_q_gate",
     "rot_q": "blocks.{layer}.attn.hook_rot_q",
     "rot_k": "blocks.{layer}.attn.hook_rot_k",
     "rotary_cos": "blocks.{layer}.attn.hook_cos",
@@ -49,8 +50,13 @@ SITE_HOOKS: dict[str, str] = {
 
 Shapes, without the batch dimension:
 
-* residual sites, `attn_out`, `mlp_out`: [token, d_model];
-* `q`, `k`, `v`, `z`: [token, head, d_head], with key-value heads under grouped-query attention;
+* residual sites, `attn_out`, `mlp_out`: [token, d_model]. In a layer that mixes tokens without
+  attention (by a state space, a convolution or linear attention), `attn_out` is what that mixer
+  adds;
+* `q`, `k`, `v`, `z`: [token, head, d_head], with key-value heads under grouped-query attention,
+  whichever way the model lays them out (`host.head_layout`). With latent attention (DeepSeek) `q`
+  and `k` hold the rotary part already; with gated attention (Qwen3-Next) `z` is after the gate;
+* `q_gate`: [token, head * d_head], the logit of the gate on each entry of `z`, in gated attention;
 * `rot_q`, `rot_k`: the same, after the rotary embedding (not every model with one shows them);
 * `rotary_cos`, `rotary_sin`: [token, rotated dimension];
 * `attn_scores`, `pattern`: [head, query, key];
@@ -68,6 +74,10 @@ FINAL_NORM = "final_norm"
 """The one site that belongs to no layer: the final norm's output, [token, d_model], which is what
 Hugging Face calls `hidden_states[-1]`. No hook has this value in both generations, so it is read
 by an ordinary module hook."""
+
+_MIXERS = ("linear_attn", "mixer", "conv", "mamba", "time_mix")
+"""Names that TransformerLens gives to what mixes tokens without attention: linear attention, state
+spaces, convolutions."""
 
 _SITE_OF_HOOK = {hook.removeprefix("blocks.{layer}."): site for site, hook in SITE_HOOKS.items()}
 _HOOK_OF_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -135,7 +145,7 @@ def missing_sites(model: Any, sites: Iterable[Site]) -> list[Site]:
     def exists(site: Site) -> bool:
         if site.name == FINAL_NORM:
             return isinstance(getattr(model, "ln_final", None), torch.nn.Module)
-        return _hook_of(site) in points or module_of_site(model, site, points) is not None
+        return _hook_of(site, points) in points or module_of_site(model, site, points) is not None
 
     return [site for site in sites if not exists(site)]
 
@@ -156,7 +166,7 @@ def hook_names(model: Any, sites: Iterable[Site]) -> list[str]:
 
 def hook_of_site(model: Any, site: Site, points: Mapping[str, Any]) -> str:
     """The canonical hook name of one site; `points` is the model's `hook_dict`."""
-    hook = _hook_of(site)
+    hook = _hook_of(site, points)
     if hook is None:
         raise InputError(f"no site {site.name!r}; the sites are {', '.join(SITE_HOOKS)}")
     point = points.get(hook)
@@ -170,7 +180,7 @@ def hook_of_site(model: Any, site: Site, points: Mapping[str, Any]) -> str:
 
 def module_of_site(model: Any, site: Site, points: Mapping[str, Any]) -> torch.nn.Module | None:
     """The module whose input or output a site is, in a model that has no hook for it."""
-    if site.name not in MODULE_SITES or site.layer is None or _hook_of(site) in points:
+    if site.name not in MODULE_SITES or site.layer is None or _hook_of(site, points) in points:
         return None
     blocks = getattr(model, "blocks", ())
     module = getattr(blocks[site.layer], "mlp", None) if site.layer < len(blocks) else None
@@ -182,6 +192,60 @@ def spell_site(site: Site) -> str:
     return site.name if site.layer is None else f"{site.name} of layer {site.layer}"
 
 
-def _hook_of(site: Site) -> str | None:
+def attention_layers(model: Any) -> tuple[int, ...]:
+    """The layers whose attention the model shows: all of them in most models, some in hybrids of
+    attention with state spaces, convolutions or linear attention, none in models without it."""
+    points = model.hook_dict
+    layers = range(int(model.cfg.n_layers))
+    return tuple(layer for layer in layers if _hook_of(Site("pattern", layer), points) in points)
+
+
+def layers_with_keys(model: Any) -> tuple[int, ...]:
+    """The layers with attention that have keys and values of their own; in some models the last
+    layers use those of earlier ones (Gemma 4)."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    n_own = int(model.cfg.n_layers) - int(getattr(config, "num_kv_shared_layers", None) or 0)
+    return tuple(layer for layer in attention_layers(model) if layer < n_own)
+
+
+def need_attention_everywhere(model: Any, what: str) -> None:
+    """Raise `ModelError` for a hybrid, whose heads `what` cannot compare over all layers."""
+    without = set(range(int(model.cfg.n_layers))) - set(attention_layers(model))
+    if without:
+        raise ModelError(
+            f"{what} reads the heads of every layer, and {spell_layers(sorted(without))} of "
+            f"{name_of(model)!r} have no attention; counterfactuals and attribute_to_mlps can be "
+            "used there"
+        )
+
+
+def recurrent_layers(model: Any) -> tuple[int, ...]:
+    """The layers in which something else than attention, or beside it, mixes tokens: a state or a
+    convolution that each token hands to the next."""
+    points = model.hook_dict
+    attention = set(attention_layers(model))
+    return tuple(
+        layer
+        for layer in range(int(model.cfg.n_layers))
+        if layer not in attention
+        or any(f"blocks.{layer}.{mixer}.hook_out" in points for mixer in _MIXERS)
+    )
+
+
+def spell_layers(layers: Iterable[int]) -> str:
+    """Layers in words: "layer 3", "layers 0, 2 and 4"."""
+    *others, last = map(str, layers)
+    return f"layers {', '.join(others)} and {last}" if others else f"layer {last}"
+
+
+def _hook_of(site: Site, points: Mapping[str, Any]) -> str | None:
     template = SITE_HOOKS.get(site.name)
-    return None if template is None else template.format(layer=site.layer)
+    if template is None:
+        return None
+    hook = template.format(layer=site.layer)
+    block = f"blocks.{site.layer}."
+    if site.name == "attn_out" and hook not in points and f"{block}hook_mlp_out" in points:
+        # In a block without an MLP beside it, a mixer may be the MLP itself (Nemotron-H).
+        mixers = (f"{block}{mixer}.hook_out" for mixer in _MIXERS)
+        return next((mixer for mixer in mixers if mixer in points), hook)
+    return hook

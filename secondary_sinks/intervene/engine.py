@@ -2,7 +2,8 @@
 
 "cached" runs rows alone, over the stored queries, keys and values of the text; "packed" puts them
 behind the text; "full" runs the whole text once for each row. The first two are used only where
-`intervene.self_test` finds them right.
+`intervene.self_test` finds them right, and never where a layer hands a state from token to token
+(hybrids of attention with state spaces, convolutions or linear attention).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from secondary_sinks.host.forward import has_hooks
 from secondary_sinks.host.model_info import generation_of, n_layers_of, name_of
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.sites import Site, layer_sites
+from secondary_sinks.host.sites import Site, layer_sites, recurrent_layers, spell_layers
 from secondary_sinks.intervene.clean_run import CleanRun, KeepMasks, KeepText
 from secondary_sinks.intervene.run_rows import Engine, FastEngine
 from secondary_sinks.intervene.self_test import difference_from_clean, difference_from_full
@@ -48,9 +49,16 @@ def clean_run_for_rows(
         fwd_hooks: the user's hooks.
 
     Raises:
-        ModelError: the model cannot be measured, or "cached" was asked for and is impossible.
+        ModelError: the model cannot be measured, or an engine was asked for and is impossible.
     """
-    if method == "full":
+    recurrent = recurrent_layers(model)
+    if recurrent and method in ("cached", "packed"):
+        raise ModelError(
+            f"{method} rows are impossible in {name_of(model)!r}: {spell_layers(recurrent)} "
+            "mix tokens by more than attention, in a state that each token hands to the next, and "
+            "rows would not have that of their text; use method='full'"
+        )
+    if recurrent or method == "full":
         return CleanRun(sink_map)
     keep: KeepText | KeepMasks = KeepMasks(begin_at)
     if method == "cached" or (method == "auto" and not (fwd_hooks or has_hooks(model))):
@@ -89,19 +97,18 @@ def choose_engine(
     Raises:
         ModelError: the engine that was asked for is wrong in this model, or with these hooks.
     """
-    if method == "full":
+    if method == "full" or recurrent_layers(model):
         return "full", None
     engine: FastEngine = "packed" if clean.kept is None else "cached"
-    error = _self_test(model, clean, engine, positions, fwd_hooks)
+    error, reason = _self_test(model, clean, engine, positions, fwd_hooks)
     if error is not None and error <= tolerance(model):
         return engine, error
     if method == "auto":
         return "full", error
-    measured = "" if error is None else f" (relative error {error:.1e})"
-    raise ModelError(
-        f"{method} rows are wrong in {name_of(model)!r}{measured}: its attention, or a hook "
-        "on it, cannot be run that way; use method='full'"
-    )
+    if not reason:
+        measured = "" if error is None else f" (relative error {error:.1e})"
+        reason = f"its attention, or a hook on it, cannot be run that way{measured}"
+    raise ModelError(f"{method} rows are wrong in {name_of(model)!r}: {reason}; use method='full'")
 
 
 def _self_test(
@@ -110,13 +117,14 @@ def _self_test(
     engine: FastEngine,
     positions: Sequence[int],
     fwd_hooks: Sequence[UserHook],
-) -> float | None:
-    """Largest relative difference that the tests of an engine measure; None if it cannot run."""
+) -> tuple[float | None, str]:
+    """Largest relative difference that the tests of an engine measure, None if they were not made,
+    and why it cannot run."""
     hooked = bool(fwd_hooks) or has_hooks(model)
     # Cached rows run without the text, so a hook that looks at the sequence would edit others.
     if generation_of(model) == "other" or (engine == "cached" and hooked):
-        return None
-    error = difference_from_full(model, clean, engine)
+        return None, ""
+    error, reason = difference_from_full(model, clean, engine)
     if hooked and error <= tolerance(model):
         error = max(error, difference_from_clean(model, clean, engine, positions, fwd_hooks))
-    return error
+    return error, reason

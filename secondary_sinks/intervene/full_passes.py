@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from secondary_sinks.host.forward import Editor
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.sites import Site
+from secondary_sinks.host.sites import Site, attention_layers, layers_with_keys
 from secondary_sinks.intervene.clean_run import CleanRun
 from secondary_sinks.intervene.interventions import Row
 from secondary_sinks.intervene.rows import RowStates, edit_hooks
@@ -97,7 +97,7 @@ def _one_row(
 
     editors = [
         *edit_hooks([row], [(1, position)], clean),
-        *((Site("k", layer), key_reader(layer)) for layer in range(clean.n_layers)),
+        *((Site("k", layer), key_reader(layer)) for layer in layers_with_keys(model)),
     ]
     unedited, edited = _pass_with_copy(model, clean, editors, fwd_hooks, output=totals)
     frozen = _with_clean_queries(model, clean, position, keys, fwd_hooks)
@@ -140,11 +140,11 @@ def _with_clean_queries(
 
         return edit
 
-    layers = range(clean.n_layers)
+    with_keys = layers_with_keys(model)
     editors: list[tuple[Site, Editor]] = [
-        *((Site("q", layer), as_clean) for layer in layers),
-        *((Site("v", layer), as_clean) for layer in layers),
-        *((Site("k", layer), key_editor(layer)) for layer in layers),
+        *((Site("q", layer), as_clean) for layer in attention_layers(model)),
+        *((Site("v", layer), as_clean) for layer in with_keys),
+        *((Site("k", layer), key_editor(layer)) for layer in with_keys),
     ]
     return _pass_with_copy(model, clean, editors, fwd_hooks)[1]
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secondary_sinks.errors import ModelError
+from secondary_sinks.host.head_layout import head_layout
 from secondary_sinks.host.memory import input_device
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site, hook_names, spell_site
@@ -85,13 +86,14 @@ def metric_gradients(
             )
         activations = [activation for (activation,) in seen.values()]
         gradients = torch.autograd.grad(value, activations, allow_unused=True)
-    return {
-        site: (
-            activation.detach()[0],
-            torch.zeros_like(activation[0]) if gradient is None else gradient[0],
-        )
-        for site, activation, gradient in zip(seen, activations, gradients, strict=True)
-    }
+    found = {}
+    for site, activation, gradient in zip(seen, activations, gradients, strict=True):
+        gradient = torch.zeros_like(activation) if gradient is None else gradient
+        pair = activation.detach(), gradient
+        if (layout := head_layout(model, site)) is not None:
+            pair = layout.read(pair[0]), layout.read(pair[1])
+        found[site] = pair[0][0], pair[1][0]
+    return found
 
 
 def _keeper(kept: list[Tensor]) -> Callable[..., Tensor]:

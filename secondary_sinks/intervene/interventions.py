@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from secondary_sinks.errors import InputError
+from secondary_sinks.host.identity import check_residual_identity
+from secondary_sinks.host.mlp import shows_neurons
 from secondary_sinks.host.model_info import describe
 from secondary_sinks.host.sites import Site, missing_sites, site_named, spell_site
 from secondary_sinks.intervene.edits import PURE_EDITS, Edit, Resample, checked_index
@@ -43,8 +45,8 @@ class Intervention:
     """`resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`: [d_model]. `z`, `k`, `v`:
     [head, d_head] (keys before the rotary embedding; key-value heads under grouped-query
     attention), or [d_head] with `head`. `mlp_post`: [d_mlp] (what the MLP's output matrix reads;
-    d_model in mixtures of experts), or one `neuron` of it. TransformerLens' name of a layer's hook
-    is accepted and stored as one of these.
+    [d_model], and no neurons, in mixtures of experts), or one `neuron` of it. TransformerLens' name
+    of a layer's hook is accepted and stored as one of these.
 
     `resid_mid` is the residual stream between attention and MLP: an edit reaches both the MLP and
     everything after it, as an edit at HookedTransformer's `hook_resid_mid` does. In a
@@ -128,7 +130,9 @@ def check_rows(model: Any, rows: Sequence[Row], n_tokens: int) -> None:
     """Check that rows fit the model and the text.
 
     Raises:
-        InputError: a layer, position, head or neuron out of range, or a site that the model lacks.
+        InputError: a layer, position, head or neuron out of range, a site that the model lacks, or
+            a neuron of a mixture of experts.
+        ModelError: an edit at `resid_mid` of a model whose residual stream is not a sum.
     """
     info = describe(model)
     n_kv_heads = getattr(model.cfg, "n_key_value_heads", None) or info.n_heads
@@ -143,8 +147,16 @@ def check_rows(model: Any, rows: Sequence[Row], n_tokens: int) -> None:
             _check_range("head", intervention.head, n_heads[intervention.site])
         if intervention.neuron is not None and d_mlp:
             _check_range("neuron", intervention.neuron, int(d_mlp))
+        if intervention.site == "resid_mid":
+            check_residual_identity(model)
     for site in missing_sites(model, sorted(sites_of(rows))):
         raise InputError(f"{info.name!r} has no {spell_site(site)}")
+    for layer in {item.layer for row in rows for item in row if item.neuron is not None}:
+        if not shows_neurons(model, layer):
+            raise InputError(
+                f"the MLP of layer {layer} of {info.name!r} is a mixture of experts: its mlp_post "
+                "has residual dimensions and not neurons. Leave `neuron` out, or edit mlp_out"
+            )
 
 
 def sites_of(rows: Iterable[Sequence[Intervention]]) -> set[Site]:
@@ -164,9 +176,12 @@ def apply_edit(
         ordinary: which tokens are ordinary, `[token]`.
 
     Raises:
-        InputError: the edit returns another shape, or NaN or infinite values.
+        InputError: the edit returns another shape, or NaN or infinite values, or the layer has
+            fewer heads.
     """
     edit = intervention.edit
+    if intervention.head is not None:  # layers can differ in their numbers of key-value heads
+        _check_range("head", intervention.head, len(value))
     part, clean_part = value[intervention.index], clean[:, intervention.index]
     if type(edit) not in PURE_EDITS:
         part, clean_part, ordinary = part.clone(), clean_part.clone(), ordinary.clone()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.attention_replaced import sliding_windows
@@ -46,11 +46,23 @@ _ENGINE_FAILS = (
 )
 """What is raised where a model does not take the mask, the positions or the cache."""
 
-_tested: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], float]] = weakref.WeakKeyDictionary()
+
+class Difference(NamedTuple):
+    """What a test of an engine found."""
+
+    error: float
+    """Largest relative difference; infinite if the engine cannot run."""
+    reason: str = ""
+    """Why it cannot run."""
 
 
-def difference_from_full(model: Any, clean: CleanRun, engine: FastEngine) -> float:
-    """Largest relative difference of an engine's rows from full passes; infinite if it cannot run.
+_tested: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], Difference]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def difference_from_full(model: Any, clean: CleanRun, engine: FastEngine) -> Difference:
+    """Difference of an engine's rows from full passes.
 
     Measured once a model, and once more when a text first exceeds a sliding window.
     """
@@ -82,7 +94,9 @@ def difference_from_clean(
     return states.difference_from(clean_states(clean, distinct))
 
 
-def _compare_with_full(model: Any, clean: CleanRun, engine: FastEngine, n_tokens: int) -> float:
+def _compare_with_full(
+    model: Any, clean: CleanRun, engine: FastEngine, n_tokens: int
+) -> Difference:
     """The difference on the first tokens of the text, without the user's hooks of this pass."""
     sink_map = detect_sinks(model, clean.tokens[:n_tokens], primary=clean.sink_map.primary_position)
     middle = clean.n_layers // 3
@@ -99,7 +113,8 @@ def _compare_with_full(model: Any, clean: CleanRun, engine: FastEngine, n_tokens
         short = CleanRun.of(model, cast(SinkMap, sink_map), keep=keep)
         # One pass begins with the first block, the other at its first edit.
         passes = [run_chunk(engine, model, short, rows) for rows in ([late, early], [late])]
-    except _ENGINE_FAILS:
-        return math.inf
+    except _ENGINE_FAILS as error:
+        failed = f"a pass with rows fails ({type(error).__name__}: {error})"
+        return Difference(math.inf, str(error) if isinstance(error, ModelError) else failed)
     full, _ = run_full(model, short, [late, early, late], totals=False, progress=False)
-    return RowStates.joined(passes).difference_from(full)
+    return Difference(RowStates.joined(passes).difference_from(full))

@@ -76,7 +76,8 @@ class TextState:
     """One run of a text, reduced to what analyses of sinks read."""
 
     sink_score: Float[Tensor, " layer head token"]
-    """Mean attention from the later queries that see the token; NaN for the last token."""
+    """Mean attention from the later queries that see the token; NaN for the last token and in
+    layers without attention."""
     norm: Float[Tensor, " layer token"]
     """Norm of the residual after each block."""
     alignment: Float[Tensor, " layer token"]
@@ -104,13 +105,13 @@ class TextState:
 class TextMeter:
     """Reduces the activations of a batch of texts to one `TextState` for each.
 
-    All arithmetic is differentiable and nothing is written in place, so that the same meter serves
-    a pass with gradients.
+    A layer without attention has NaN scores. All arithmetic is differentiable and nothing is
+    written in place, so that the same meter serves a pass with gradients.
     """
 
     def __init__(self, clean: CleanRun):
         self._clean = clean
-        self._score: list[Tensor] = []
+        self._score: dict[int, Tensor] = {}
         self._geometry: list[TokenGeometry] = []
 
     def editors(self) -> list[tuple[Site, Editor]]:
@@ -122,12 +123,14 @@ class TextMeter:
         """Read the attention of a layer, one entry for each text."""
         total, n_seeing = torch.stack([text.received for text in columns]), columns[0].n_seeing
         # Clamped and then masked, because a division by 0 would make all gradients NaN.
-        score = (total.cpu() / n_seeing.clamp_min(1)).masked_fill(n_seeing == 0, torch.nan)
-        self._score.append(score)
+        score = total.cpu() / n_seeing.clamp_min(1)
+        self._score[layer] = score.masked_fill(n_seeing == 0, torch.nan)
 
     def states(self) -> list[TextState]:
         """One state for each text of the batch."""
-        score = torch.stack(self._score, dim=1)
+        unknown = torch.full_like(next(iter(self._score.values())), torch.nan)
+        layers = range(self._clean.n_layers)
+        score = torch.stack([self._score.get(layer, unknown) for layer in layers], dim=1)
         geometry = {
             name: torch.stack([getattr(layer, name).cpu() for layer in self._geometry], dim=1)
             for name in vars(self._geometry[0])

@@ -11,7 +11,8 @@ original tokenizer.
     model = load_model("checkpoint.Q4_K_M.gguf")          # dequantized once, then cached
     model = load_model(hf_model, tokenizer=tokenizer)     # a model in memory
 
-Only an alias or a hub id causes a download. Only safetensors and GGUF files are read, because a
+Of a multimodal model the text model is taken (`loading.text_model`). Nothing is ever installed, and
+only an alias or a hub id causes a download. Only safetensors and GGUF files are read, because a
 pickled checkpoint can run code when it is opened.
 """
 
@@ -26,10 +27,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from secondary_sinks.errors import InputError, LoadError, ModelError
 from secondary_sinks.loading.aliases import ALIASES, did_you_mean
 from secondary_sinks.loading.cache import cache_folder, file_sha256
+from secondary_sinks.loading.check_wrapped import check_wrapped, probe_logits
 from secondary_sinks.loading.convert import convert_gguf, target_folder
 from secondary_sinks.loading.fetch import fetch
 from secondary_sinks.loading.hub import explained_errors, hub_options
 from secondary_sinks.loading.messages import one_line, quiet_transformers
+from secondary_sinks.loading.text_model import is_multimodal, text_model_of
 from secondary_sinks.loading.tokenizer import read_tokenizer, unchanged_tokenizer
 
 if TYPE_CHECKING:
@@ -56,7 +59,8 @@ def load_model(
         source: An alias (see `list_models`), a hub id such as `"Qwen/Qwen3-4B-Base"`, a folder
             with safetensors, a `.gguf` file, or a Hugging Face model in memory. Text that begins
             with `.`, `/` or `~` or ends in `.gguf` is always a path, and so is the name of an
-            existing folder unless it is an alias.
+            existing folder unless it is an alias. Of a multimodal model (Gemma 3, Mistral 3) the
+            text model is taken.
         device: Device of the weights. None: "cuda" if available, else "cpu"; a model in memory
             stays where it is, including one that is divided over several devices.
         dtype: Number format of the weights. None: float32; a model in memory keeps its own.
@@ -81,9 +85,10 @@ def load_model(
         InputError: `kind` is neither "bridge" nor "hooked".
         LoadError: the source is unknown, missing, pickled, truncated or incomplete; its tokenizer
             is missing; there is no network; the cache cannot be written.
-        ModelError: not a causal language model; not known to TransformerLens; `device` or `dtype`
-            for a divided model; `kind="hooked"` without TransformerLens 3, or for a model that it
-            converts wrongly.
+        ModelError: not a causal language model; a multimodal one whose text model cannot be taken
+            out; not known to TransformerLens, or wrapped by it so that it does not run; `device`
+            or `dtype` for a divided model; `kind="hooked"` without TransformerLens 3, or for a
+            model that it converts wrongly.
 
     Example:
         >>> model = load_model("smollm2-135m", progress=False)
@@ -110,6 +115,8 @@ def load_model(
         _check_in_memory(source, tokenizer)
         hf, tokenizer_of_source = source, None
         name = Path(getattr(hf.config, "_name_or_path", "") or type(hf).__name__).name
+    if not _is_causal(type(hf).__name__) and is_multimodal(hf.config):
+        hf = text_model_of(name, hf)
     tokenizer = tokenizer_of_source if tokenizer is None else copy.deepcopy(tokenizer)
     hf = _placed(name, hf, device, dtype).eval()
     return _wrap(name, hf, tokenizer, kind, progress)
@@ -207,17 +214,21 @@ def _read(
     name: str, folder: str, dtype: torch.dtype, with_tokenizer: bool, options: dict[str, Any]
 ) -> tuple[Any, Any]:
     """The Hugging Face model, on the CPU, and its tokenizer (None unless `with_tokenizer`)."""
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     with explained_errors(folder, options):
-        config = AutoConfig.from_pretrained(folder, **options)
-    _check_causal(name, config, (config.architectures or [None])[0])
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+    architecture = (config.architectures or [None])[0]
+    _check_causal(name, config, architecture)
+    model_class: Any = transformers.AutoModelForCausalLM
+    if architecture and not _is_causal(architecture):
+        model_class = getattr(transformers, architecture, model_class)  # multimodal
     # The tokenizer first, so that a missing one is noticed before the weights are loaded.
     tokenizer = read_tokenizer(folder, options) if with_tokenizer else None
     try:
         with explained_errors(folder, options):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -270,7 +281,7 @@ def _check_causal(name: str, config: Any, architecture: str | None) -> None:
         # These families have a causal head too, but attend in both directions unless is_decoder.
         other = "an encoder"
     elif architecture is not None:
-        if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        if not _is_causal(architecture) and not is_multimodal(config):
             other = f"a {architecture}"
     elif config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         other = f"of the type {config.model_type!r}"
@@ -279,6 +290,10 @@ def _check_causal(name: str, config: Any, architecture: str | None) -> None:
             f"{name} is {other}, not a causal language model. An attention sink is a token that "
             "later tokens attend to, so sinks are defined for causal attention only."
         )
+
+
+def _is_causal(architecture: str) -> bool:
+    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _placed(name: str, hf: Any, device: Any, dtype: torch.dtype | None) -> Any:
@@ -297,8 +312,8 @@ def _placed(name: str, hf: Any, device: Any, dtype: torch.dtype | None) -> Any:
 
 def _wrap(name: str, hf: Any, tokenizer: Any, kind: str, progress: bool) -> Any:
     """The TransformerLens model of a Hugging Face model that is on its device already."""
-    if not hf.config.architectures:
-        hf.config.architectures = [type(hf).__name__]
+    # TransformerLens goes by this name. It may be missing, or that of a multimodal model.
+    hf.config.architectures = [type(hf).__name__]
     weight = next(hf.parameters())
     with quiet_transformers(progress), unchanged_tokenizer(tokenizer):
         if kind == "hooked":
@@ -310,15 +325,21 @@ def _wrap(name: str, hf: Any, tokenizer: Any, kind: str, progress: bool) -> Any:
             from transformer_lens.model_bridge import TransformerBridge
 
             _warn_of_eager_alibi(name, hf)
+            expected = probe_logits(name, hf)
+            base = hf.base_model
+            has_rotary = getattr(base, "rotary_emb", base) is not None
             try:
                 model = TransformerBridge.boot_transformers(
                     name, hf_model=hf, tokenizer=tokenizer, device=weight.device, dtype=weight.dtype
                 )
             except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
                 raise ModelError(
-                    f"TransformerLens cannot wrap {name} ({type(hf).__name__}): {error}"
+                    f"TransformerLens cannot wrap {name} ({type(hf).__name__}): {one_line(error)}"
                 ) from error
+            if not has_rotary:  # TransformerLens puts an empty one there (Granite 4)
+                base.rotary_emb = None
             model.eval()
+            check_wrapped(name, model, expected)
     # By default TransformerLens puts a BOS token before every text. A model that was trained
     # without one (Qwen2.5, SmolLM2) would get a first token that is unlike any in its training,
     # and may then have no primary sink.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -278,3 +279,62 @@ class AttentionEntropy(Collector):
             normalized_by_head=normalized.nanmean(dim=2),
             normalized_by_query=normalized.nanmean(dim=1),
         )
+
+
+class NoOpShare(Collector):
+    """Share of attention that goes to no token. Result: Float[Tensor, " layer head"].
+
+    Some models have a learned logit in every softmax (gpt-oss): what it takes is attention that a
+    head does not spend on any token, where other models spend it on an attention sink. It is 1 less
+    the sum of a query's weights, mean over queries; 0 in models without such logits, and NaN in
+    layers without attention.
+    """
+
+    sites = (ATTENTION,)
+    attention = ColumnRequest(entropy=True)  # the sums come with it
+
+    def __init__(self, name: str | None = None):
+        self.name = name or "NoOpShare"
+
+    def start(self, run: Run) -> None:
+        """Prepare for one text."""
+        self._layers: list[Tensor] = []
+
+    def update(self, site: str, layer: int | None, activation: AttentionColumns) -> None:
+        """Add the share of one layer."""
+        total = cast(Tensor, activation.total)
+        self._layers.append((1 - total).clamp(0, 1).mean(dim=1).cpu())
+
+    def result(self) -> Float[Tensor, " layer head"]:
+        """Shares by layer and head."""
+        return torch.stack(self._layers)
+
+
+class OutputGates(Collector):
+    """How far gated attention is open. Result: Float[Tensor, " layer head token"].
+
+    In gated attention (Qwen3-Next, Qwen3.5) each entry of a head's output is multiplied with a gate
+    between 0 and 1, which a query computes for itself. A closed gate writes nothing, so a head
+    needs no sink for that. It is the mean gate over the entries of a head; NaN in layers without
+    gates. Only the eager pass shows it, so attention is not streamed with this collector.
+    """
+
+    sites = ("q_gate",)
+    where_present = True
+
+    def __init__(self, name: str | None = None):
+        self.name = name or "OutputGates"
+
+    def start(self, run: Run) -> None:
+        """Prepare for one text."""
+        self._gates = torch.full((run.n_layers, run.n_heads, run.n_tokens), torch.nan)
+
+    def update(self, site: str, layer: int | None, activation: Tensor) -> None:
+        """Add the gates of one layer [token, head * d_head]."""
+        gates = activation.float().sigmoid()
+        by_head = rearrange(gates, "token (head d) -> head token d", head=self._gates.shape[1])
+        self._gates[layer] = by_head.mean(dim=-1).cpu()
+
+    def result(self) -> Float[Tensor, " layer head token"]:
+        """Gates by layer and head."""
+        return self._gates

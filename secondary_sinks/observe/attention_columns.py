@@ -35,7 +35,7 @@ from torch import Tensor
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.attention_replaced import AttentionInputs
 from secondary_sinks.host.forward import Observer
-from secondary_sinks.host.sites import Site
+from secondary_sinks.host.sites import Site, attention_layers
 from secondary_sinks.host.visible_keys import n_visible_within, visible_keys_read
 
 ATTENTION = "attention"
@@ -105,7 +105,8 @@ class AttentionColumns:
     own: Float[Tensor, " head token"]
     """A[t, t]."""
     n_visible: Float[Tensor, " query"]
-    """Number of keys that each query sees, itself and those right before it; on the CPU."""
+    """Number of keys that each query sees, itself and those right before it; 0 in a layer without
+    attention; on the CPU."""
     maximum: Float[Tensor, " head token"] | None = None
     """Largest A[i, t] of a later query; 0 for the last token, which has none."""
     above: Mapping[float, Float[Tensor, " head token"]] | None = None
@@ -116,7 +117,8 @@ class AttentionColumns:
     """Logarithm of the sum of exponentials of each query's logits, including a learned sink logit.
     Only of streamed attention: a pattern does not determine it."""
     by_segment: Float[Tensor, " segment token"] | None = None
-    """Sum over all heads and the later queries of each segment of A[i, t]."""
+    """Sum over all heads and the later queries of each segment of A[i, t]. None as well in a layer
+    without attention, and where attention is fused."""
     inputs: AttentionInputs | None = None
     """Queries, keys and values, with a batch of this text alone. Only of streamed attention."""
     total: Float[Tensor, " head query"] | None = None
@@ -162,6 +164,22 @@ class AttentionColumns:
             by_segment=torch.zeros(n_segments, n_tokens, device=device)
             if request.segments
             else None,
+        )
+
+    @classmethod
+    def of_no_attention(
+        cls, n_heads: int, n_tokens: int, request: ColumnRequest
+    ) -> AttentionColumns:
+        """The columns of a layer without attention: no query sees a token, and all else is NaN."""
+        nan = torch.full((n_heads, n_tokens), torch.nan)
+        return cls(
+            received=nan,
+            own=nan,
+            maximum=nan,
+            above=dict.fromkeys(request.thresholds, nan),
+            entropy=nan,
+            total=nan,
+            n_visible=torch.zeros(n_tokens),
         )
 
     def add(self, other: AttentionColumns) -> None:
@@ -242,7 +260,11 @@ def eager_columns(
         model: the model, which must run within the context.
         lengths: number of tokens of every text of the batch, without the padding on its right.
         request: which columns to compute.
-        receive: called once for each layer, with one `AttentionColumns` for each text.
+        receive: called once for each layer with attention, with one `AttentionColumns` for each
+            text.
+
+    Yields:
+        One observer for each layer with attention.
     """
 
     def reader(layer: int) -> Observer:
@@ -261,7 +283,7 @@ def eager_columns(
         return read
 
     with visible_keys_read(model, lengths) as n_visible:
-        yield [(Site("pattern", layer), reader(layer)) for layer in range(int(model.cfg.n_layers))]
+        yield [(Site("pattern", layer), reader(layer)) for layer in attention_layers(model)]
 
 
 def _n_visible_in(pattern: Float[Tensor, " head query key"]) -> Float[Tensor, " query"]:
@@ -284,8 +306,10 @@ def _sum_over_seeing(
 ) -> Float[Tensor, " token"]:
     """Sum of a value of each query over the later queries that see a token."""
     query = torch.arange(len(n_visible))
-    # Query i adds to tokens i + 1 - n_visible[i] ... i - 1: up at the first, down at i.
+    # Query i adds to tokens i + 1 - n_visible[i] ... i - 1: up at the first, down at i. One that
+    # sees itself alone, or nothing, adds to none.
+    first = (query + 1 - n_visible.long()).minimum(query)
     change = torch.zeros(len(n_visible) + 1, dtype=torch.float64)
-    change.index_add_(0, query + 1 - n_visible.long(), value.double())
+    change.index_add_(0, first, value.double())
     change.index_add_(0, query, -value.double())
     return change.cumsum(dim=0)[:-1].float()

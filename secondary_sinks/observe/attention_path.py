@@ -27,7 +27,7 @@ from secondary_sinks.host.forward import Observer
 from secondary_sinks.host.memory import is_out_of_memory
 from secondary_sinks.host.precision import tolerance
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.sites import FINAL_NORM, Site, hook_names
+from secondary_sinks.host.sites import FINAL_NORM, Site, attention_layers, hook_names
 from secondary_sinks.observe.attention_columns import (
     AttentionColumns,
     ColumnRequest,
@@ -95,7 +95,8 @@ def measured_attention(
         model: a model for which `path_of_attention` returned this path.
         lengths: number of tokens of every text of the batch, without the padding on its right.
         request: which column statistics to compute.
-        receive: called once for each layer, with one `AttentionColumns` for each text.
+        receive: called once for each layer with attention, with one `AttentionColumns` for each
+            text.
         path: as `path_of_attention` returned it.
 
     Yields:
@@ -140,7 +141,7 @@ def _streamed(
 
     with replaced_attention(model, attend):
         yield
-    for layer in range(model.cfg.n_layers):
+    for layer in attention_layers(model):
         if calls[layer] != 1:
             raise ModelError(
                 f"the attention of layer {layer} ran {calls[layer]} times in one streamed pass; "

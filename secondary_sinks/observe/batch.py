@@ -21,7 +21,7 @@ from secondary_sinks.host.forward import Observer, forward
 from secondary_sinks.host.memory import is_out_of_memory
 from secondary_sinks.host.model_info import ModelInfo
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.sites import Site, layer_sites
+from secondary_sinks.host.sites import Site, attention_layers, layer_sites, missing_sites
 from secondary_sinks.host.text_input import TokenizedText, pad
 from secondary_sinks.observe.attention_columns import (
     ATTENTION,
@@ -91,7 +91,7 @@ def run_batch(
     # The residual stream is always read, so that a NaN is reported where it first occurs.
     indices_at: dict[Site, list[int]] = {site: [] for site in layer_sites(["resid_post"], n_layers)}
     for index, collector in enumerate(collectors):
-        for site in layer_sites(hooked_sites(collector), n_layers):
+        for site in read_sites(model, collector):
             indices_at.setdefault(site, []).append(index)
 
     def observer(site: Site, indices: list[int]) -> Observer:
@@ -115,12 +115,30 @@ def run_batch(
             for index in attention_readers:
                 workers[row][index].update(ATTENTION, layer, of_text)
 
+    def receive_nothing(layer: int) -> Observer:
+        """Called in a layer without attention, in the order of the layers."""
+
+        def read(_: Tensor) -> None:
+            n_heads = int(model.cfg.n_heads)
+            receive(
+                layer, [AttentionColumns.of_no_attention(n_heads, len(t), request) for t in texts]
+            )
+
+        return read
+
     longest = max(texts, key=len)
     path = path_of_attention(
         model, longest.tokens, attention, sites=indices_at, fwd_hooks=fwd_hooks
     )
     lengths = [len(text) for text in texts]
     observers = [(site, observer(site, indices)) for site, indices in indices_at.items()]
+    if attention_readers:
+        with_attention = attention_layers(model)
+        observers += [
+            (Site("resid_post", layer), receive_nothing(layer))
+            for layer in range(n_layers)
+            if layer not in with_attention
+        ]
     tokens, mask = pad(texts)
     try:
         with ExitStack() as stack:
@@ -153,9 +171,15 @@ def _why_not_streamed(
     return ""
 
 
-def hooked_sites(collector: Collector) -> list[str]:
-    """The sites of a collector that are activations of the model."""
-    return [name for name in collector.sites if name != ATTENTION]
+def read_sites(model: Any, collector: Collector) -> list[Site]:
+    """The activations that a collector reads in a model."""
+    names = [name for name in collector.sites if name != ATTENTION]
+    sites = layer_sites(names, int(model.cfg.n_layers))
+    if not collector.where_present:
+        return sites
+    missing = missing_sites(model, sites)
+    # With none at all, it is better refused than given nothing.
+    return [site for site in sites if site not in missing] or sites
 
 
 def _update(collector: Collector, site: Site, activation: Tensor) -> None:

@@ -57,6 +57,10 @@ class Collector:
     """Names of the sites to read: `host.sites.SITE_HOOKS`, `final_norm` or `attention` in every
     layer, or TransformerLens' name of one layer's hook, such as `blocks.5.hook_mlp_out`."""
 
+    where_present: bool = False
+    """Read a site in the layers that have it. By default a model in which some layer lacks a site
+    is refused, because a result with fewer layers than the model is easily misread."""
+
     attention: ColumnRequest = ColumnRequest()
     """What the site `attention` should contain, for those that read it."""
 

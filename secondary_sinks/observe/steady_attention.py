@@ -32,8 +32,8 @@ MIN_SEGMENTS = 8
 class SteadyAttention(Collector):
     """Steady attention of each token. Result: Float[Tensor, " layer token"].
 
-    NaN where fewer than `MIN_SEGMENTS` whole segments of later queries see the token, and in every
-    layer where attention is fused, which computes no segments.
+    NaN where fewer than `MIN_SEGMENTS` whole segments of later queries see the token, in layers
+    without attention, and in every layer where attention is fused, which computes no segments.
 
     Not evidence for: that the token is a sink in the sense of the paper, which asks for the
     direction of its residual as well.

@@ -38,7 +38,7 @@ from secondary_sinks.host.attention_replaced import (
     sliding_windows,
 )
 from secondary_sinks.host.forward import Observer, forward
-from secondary_sinks.host.identity import hooks_aside
+from secondary_sinks.host.hooks_aside import hooks_aside
 from secondary_sinks.host.memory import (
     MEMORY_BUDGET,
     eager_attention_bytes,

@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from secondary_sinks.errors import InputError, ModelError
-from secondary_sinks.host.identity import check_residual_identity
+from secondary_sinks.host.identity import SUMMANDS, check_residual_identity
 from secondary_sinks.host.model_info import ModelInfo, describe
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
-from secondary_sinks.host.sites import layer_sites, missing_sites
+from secondary_sinks.host.sites import attention_layers, missing_sites
 from secondary_sinks.host.text_input import (
     Message,
     Text,
@@ -34,7 +34,7 @@ from secondary_sinks.host.text_input import (
 )
 from secondary_sinks.observe.attention_columns import ATTENTION
 from secondary_sinks.observe.attention_path import AttentionChoice, AttentionPath
-from secondary_sinks.observe.batch import batches_of, hooked_sites, name_of, run_batch
+from secondary_sinks.observe.batch import batches_of, name_of, read_sites, run_batch
 from secondary_sinks.observe.collectors import Collector
 from secondary_sinks.result import from_record, to_record
 from secondary_sinks.storage import load_record, save_record
@@ -200,9 +200,10 @@ def trace(
 
     Raises:
         InputError: unusable text, collectors or arguments.
-        ModelError: the model lacks a site, a hook did not fire exactly once, the residual identity
-            does not hold, an activation is NaN or infinite (the first such layer is named),
-            memory does not suffice, or `attention="streaming"` is not possible.
+        ModelError: the model lacks a site, a hook did not fire exactly once, a collector reads
+            `attn_out`, `mlp_out` or `resid_mid` and the residual stream is not their sum, an
+            activation is NaN or infinite (the first such layer is named), memory does not suffice,
+            or `attention="streaming"` is not possible.
 
     >>> trace_result = trace(model, "The cat sat on the mat.", [SinkScores(), Norms("mlp_out")])
     >>> trace_result["mlp_out_norm"].shape  # [layer, token]
@@ -225,7 +226,8 @@ def trace(
     pad_id = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
     if isinstance(text, Tensor) and attention_mask is None and pad_id is not None:
         warn_of_padding(texts, pad_id)
-    check_residual_identity(model)
+    if any(site.name in SUMMANDS for one in collectors for site in read_sites(model, one)):
+        check_residual_identity(model)
     provenance = Provenance.of(model, fwd_hooks=fwd_hooks)
     tokenizer = getattr(model, "tokenizer", None)
     batches = batches_of([len(tokenized) for tokenized in texts], batch_size)
@@ -286,12 +288,20 @@ def _check_collectors(model: Model, collectors: Sequence[Collector], info: Model
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise InputError(f"two collectors are named {sorted(twice)[0]!r}; give one another `name`")
+    shows_attention = bool(attention_layers(model))
     for collector in collectors:
-        needed = hooked_sites(collector) + ["pattern"] * (ATTENTION in collector.sites)
-        for site in missing_sites(model, layer_sites(needed, int(model.cfg.n_layers))):
+        if ATTENTION in collector.sites and not shows_attention:
             raise ModelError(
-                f"{name_of(collector)} reads {site.name!r}, which {info.name!r} does not have "
-                f"in layer {site.layer}: leave this collector out for this model"
+                f"{type(collector).__name__} reads attention, and {info.name!r} shows none in any "
+                "layer: it has none, or TransformerLens does not look into its blocks. Attention "
+                "sinks cannot be detected in it; norms and alignment of its residual stream can be "
+                "measured (ResidualNorms, ResidualGeometry, MassiveActivations)"
+            )
+        for site in missing_sites(model, read_sites(model, collector)):
+            raise ModelError(
+                f"{type(collector).__name__} reads {site.name!r}, which {info.name!r} does not "
+                f"have in layer {site.layer}: leave this collector out for this model, or name the "
+                "hook of a layer that has one"
             )
 
 

@@ -349,3 +349,14 @@ def test_models_that_show_weights_have_attention_and_no_logits(tiny, tokens_of, 
         assert heads.uniform_entropy[1] <= math.log(8) + 1e-6 < heads.uniform_entropy[0]
         uniform = [sum(1 / n for n in range(2, last + 1)) / (last - 1) for last in (24, 8, 24)]
         assert heads.uniform_score[0].tolist() == pytest.approx(uniform)
+
+
+def test_latent_attention_is_read_and_hybrids_are_refused(tiny, tokens_of):
+    """The parts of a logit are checked against the model's own scores."""
+    model = tiny("deepseek")
+    sink_map = dataclasses.replace(ss.detect_sinks(model, tokens_of(48)), phases=((0, 3),))
+    reads = ss.head_reads(model, sink_map, sinks=[9])
+    assert reads.error < 1e-5
+    hybrid = tiny("lfm2")
+    with pytest.raises(ss.ModelError, match=r"head_reads .* layers 0 and 2 .* no attention"):
+        ss.head_reads(hybrid, ss.detect_sinks(hybrid, tokens_of(48)), sinks=[9])

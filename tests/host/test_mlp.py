@@ -146,3 +146,8 @@ def test_half_precision(hf_model, tiny):
         hf_model("llama").to(torch.bfloat16), tokenizer=tiny("llama").tokenizer, progress=False
     )
     assert run_mlp(model, 1, torch.ones(2, 32))["product"].dtype == torch.float32
+
+
+def test_an_activation_that_is_no_attribute_is_found(tiny):
+    """LFM2 calls a function; that it is this one is checked by the stages of a pass."""
+    assert mlp_of(tiny("lfm2"), 1).activation is torch.nn.functional.silu

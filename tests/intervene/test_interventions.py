@@ -209,3 +209,12 @@ def test_what_is_no_sink_map_is_refused(llama, tokens_of):
         ss.counterfactuals(model, sink_map, [])
     with pytest.raises(ss.InputError, match="method"):
         ss.counterfactuals(model, sink_map, ROW, method="fast")
+
+
+def test_a_mixture_of_experts_has_no_neurons(tiny, tokens_of):
+    """There `mlp_post` has residual dimensions, so `neuron` would edit one of those."""
+    model = tiny("mixtral")
+    sink_map = ss.detect_sinks(model, tokens_of(12))
+    edit = ss.Intervention("mlp_post", 1, 3, ss.Zero(), neuron=5)
+    with pytest.raises(ss.InputError, match=r"layer 1 .* mixture of experts"):
+        ss.counterfactuals(model, sink_map, [edit])

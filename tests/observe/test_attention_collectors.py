@@ -105,3 +105,35 @@ def test_sink_rate_is_the_share_of_heads_above_epsilon():
     torch.testing.assert_close(ss.sink_rate(score), torch.tensor([0.5, 0.25]))
     with pytest.raises(ss.InputError):
         ss.sink_rate(score, 1.5)
+
+
+@pytest.mark.parametrize("way", ["eager", "streaming"])
+def test_attention_to_no_token(make_tiny, tokens_of, way):
+    """A learned logit takes what the weights of the tokens leave; there is none in Llama."""
+    model, tokens = make_tiny("gpt-oss"), tokens_of(24)
+    request = [ss.NoOpShare()]
+    sinks = [layer.self_attn.sinks for layer in model.original_model.model.layers]
+    shares = []
+    for logit in (-50.0, 0.0, 50.0):
+        for sink in sinks:
+            sink.data.fill_(logit)
+        trace_result = ss.trace(model, tokens, request, attention=way)
+        shares.append(trace_result["NoOpShare"])
+    assert shares[0].shape == (3, 4)
+    torch.testing.assert_close(shares[0], torch.zeros(3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(shares[2], torch.ones(3, 4))
+    # With equal logits of all keys and of the learned one, query i gives it 1 / (i + 2), or, with a
+    # window of 8, 1 / 9 at least.
+    for layer in model.original_model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+        layer.self_attn.q_proj.bias.data.zero_()
+    for sink in sinks:
+        sink.data.zero_()
+    uniform = ss.trace(model, tokens, request, attention=way)["NoOpShare"]
+    n_visible = torch.arange(1.0, 25.0)
+    full, windowed = (1 / (n_visible.clamp_max(most) + 1) for most in (24, 8))
+    kinds = model.original_model.config.layer_types
+    for share, kind in zip(uniform, kinds, strict=True):
+        expected = full if kind == "full_attention" else windowed
+        torch.testing.assert_close(share, expected.mean().expand(4))
+    assert ss.trace(make_tiny("llama"), tokens, request)["NoOpShare"].abs().max() < 1e-6

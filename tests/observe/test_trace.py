@@ -312,7 +312,12 @@ def test_a_block_that_breaks_the_identity_is_refused(make_tiny, tokens_of):
         lambda module, inputs, out: out * 1.1 if torch.is_tensor(out) else (out[0] * 1.1, *out[1:])
     )
     with pytest.raises(ss.ModelError, match="layer 1"):
-        ss.trace(model, tokens_of(N), [ss.ResidualNorms()])
+        ss.trace(model, tokens_of(N), [ss.Norms("mlp_out")])
+    edit = ss.Intervention("resid_mid", 1, 3, ss.Zero())
+    with pytest.raises(ss.ModelError, match="layer 1"):
+        ss.counterfactuals(model, ss.detect_sinks(model, tokens_of(N)), [edit])
+    # What does not rest on the sum is measured.
+    assert ss.trace(model, tokens_of(N), [ss.ResidualNorms()])["ResidualNorms"].isfinite().all()
 
 
 @pytest.mark.slow

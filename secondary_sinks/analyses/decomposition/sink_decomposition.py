@@ -25,6 +25,7 @@ from secondary_sinks.errors import InputError
 from secondary_sinks.host.attention_weights import OutputWeights, check_head_sum, output_weights
 from secondary_sinks.host.protocol import Model, UserHook
 from secondary_sinks.host.provenance import Provenance
+from secondary_sinks.host.sites import need_attention_everywhere
 from secondary_sinks.intervene.engine import Method
 from secondary_sinks.observe.collectors import Collector, Run
 from secondary_sinks.observe.trace import trace_tokens
@@ -100,6 +101,7 @@ def sink_decomposition(
         ModelError: the parts do not add up in this model, or it cannot be measured.
     """
     check_map(model, sink_map, fwd_hooks=fwd_hooks)
+    need_attention_everywhere(model, "sink_decomposition")
     chosen = sink_map.select(sinks)
     layers = [_direction_layer(direction, sink, int(sink_map.n_layers or 0)) for sink in chosen]
     directions = sink_directions(sink_map, layers)
