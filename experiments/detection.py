@@ -1,6 +1,6 @@
 """Does detection agree with raw attention: models, lengths, plain text and chats?
 
-    python experiments/detection.py [MODEL ...] [--lengths 100 --lengths 500] [--out out/experiments]
+    python experiments/detection.py [MODEL ...] [--lengths 100 --lengths 500] [--out FOLDER]
 
 For each model, every bundled text is followed by the next ones up to the longest length, and cut at
 each length, once as it is and once as a user's message in the model's chat template, if it has one.

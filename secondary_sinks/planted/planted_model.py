@@ -271,8 +271,8 @@ def random_planted(seed: int, *, architecture: Architecture | None = None) -> Pl
     """Draw a planted model from a broad family, for property tests.
 
     Models have 8 to 30 layers, one or two primary phases, one or two primary tokens, and 0 to 6
-    secondary sinks with their own norms (20 to 400), lifetimes (2 or more) and feeders, with or without a
-    common component and decoys.
+    secondary sinks with their own norms (20 to 400), lifetimes (2 or more) and feeders, with or
+    without a common component and decoys.
 
     Args:
         seed: The same seed draws the same model.
