@@ -11,6 +11,7 @@ import torch
 
 from secondary_sinks.host.model_info import ModelInfo
 from secondary_sinks.host.provenance import Provenance
+from secondary_sinks.sinks.criterion import DEFAULTS
 from secondary_sinks.sinks.sink import Evidence, Sink
 from secondary_sinks.sinks.sink_map import SinkMap
 
@@ -363,7 +364,10 @@ def _invented(
             centered_norm_ratio=(22.0,) * n,
             sink_score=(0.05,) * n,
             attention_ratio=40.0,
+            strength=2.0,
             n_queries=100,
+            delay=start - primary_lives[0][0],
+            published_kind="primary" if position == 0 else "secondary",
         )
         kind = "primary" if position == 0 else "secondary"
         sinks.append(Sink(position, TOKENS[position % 6], 5 + position, kind, layers, evidence))
@@ -374,7 +378,7 @@ def _invented(
         n_tokens=n_tokens,
         provenance=Provenance(
             ModelInfo("an $invented$ model", n_layers=n_layers),
-            thresholds={"min_alignment": 0.9, "min_norm_ratio": 1.5, "min_attention_ratio": 4.0},
+            thresholds=dict(DEFAULTS),
         ),
         criterion="evidence",
         primary_position=0,
@@ -387,7 +391,9 @@ def _invented(
         background_norm=norm.median(dim=1).values,
         background_centered_norm=norm.median(dim=1).values,
         mean_attention=score,
+        uniform_attention=torch.full(shape, 1 / n_tokens),
         attention_ratio=ratio,
+        strength=ratio / 20,
     )
 
 

@@ -68,6 +68,11 @@ def detect(
     min_attention_ratio: Annotated[
         float | None, typer.Option(help="Least attention over that of tokens nearby.")
     ] = None,
+    min_strength: Annotated[
+        float | None,
+        typer.Option(help="Least attention, in a unit that does not depend on the text's length."),
+    ] = None,
+    min_lifetime: Annotated[int | None, typer.Option(help="Least number of layers.")] = None,
     min_primary_ratio: Annotated[
         float | None, typer.Option(help="Least norm over median of the primary sink.")
     ] = None,
@@ -84,6 +89,8 @@ def detect(
         "min_alignment": min_alignment,
         "min_norm_ratio": min_norm_ratio,
         "min_attention_ratio": min_attention_ratio,
+        "min_strength": min_strength,
+        "min_lifetime": min_lifetime,
         "min_primary_ratio": min_primary_ratio,
         "min_queries": min_queries,
     }

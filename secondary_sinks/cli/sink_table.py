@@ -56,6 +56,9 @@ def sink_report(sink_map: SinkMap, *, max_rows: int = 60) -> Group:
     """The table of a map, its notes and, without secondary sinks, what came nearest to one."""
     parts: list[RenderableType] = [sink_table(sink_map, max_rows=max_rows)]
     parts += [Text(f"Note: {note}", style="yellow") for note in sink_map.notes]
+    if sink_map.undecided:
+        places = ", ".join(str(sink.position) for sink in sink_map.undecided)
+        parts.append(Text(f"Undecided, as no later token can attend to it: position {places}."))
     if not sink_map.secondary:
         parts.append(Text("No secondary sinks."))
         try:
@@ -151,14 +154,15 @@ def _cells(sink: Sink) -> list[Text | str]:
 
 def _margins_table(rows: Sequence[Mapping[Any, Any]]) -> Table:
     table = _empty_table("Nearest to being one (each test over its threshold; 1 passes)")
-    for name in ("pos", "token", "layer", "alignment", "magnitude", "attention", "failed"):
+    tests = ("alignment", "magnitude", "attention", "strength")
+    for name in ("pos", "token", "layer", *tests, "failed"):
         table.add_column(name, justify="left" if name in ("token", "failed") else "right")
     for row in rows:
         table.add_row(
             str(row["position"]),
             Text(visible(str(row["token"]), limit=16, any_glyph=True)),
             str(row["layer"]),
-            *(_number(float(row[k]), ".2f") for k in ("alignment", "magnitude", "attention")),
+            *(_number(float(row[k]), ".2f") for k in tests),
             str(row["failed"]),
         )
     return table

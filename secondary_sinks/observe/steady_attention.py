@@ -25,7 +25,7 @@ from secondary_sinks.observe.attention_columns import (
 )
 from secondary_sinks.observe.collectors import Collector, Run
 
-MIN_SEGMENTS = 4
+MIN_SEGMENTS = 8
 """Fewest segments after a token, all of whose queries see it, of which a quartile is taken."""
 
 

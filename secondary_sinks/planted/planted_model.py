@@ -239,7 +239,7 @@ def _default_phases(n_layers: int) -> tuple[PlantedPhase, ...]:
 
 def _default_secondary(n_layers: int) -> tuple[PlantedSink, ...]:
     writer = max(3, n_layers // 3)
-    lifetime = max(1, (n_layers - writer) // 2)
+    lifetime = max(min(2, n_layers - 1 - writer), (n_layers - writer) // 2)
     return (
         PlantedSink(token=9, writer=writer, norm=80.0, lifetime=lifetime),
         PlantedSink(token=17, writer=writer, norm=150.0, lifetime=lifetime, feeders=(1, 2)),
@@ -271,8 +271,8 @@ def random_planted(seed: int, *, architecture: Architecture | None = None) -> Pl
     """Draw a planted model from a broad family, for property tests.
 
     Models have 8 to 30 layers, one or two primary phases, one or two primary tokens, and 0 to 6
-    secondary sinks with their own norms (20 to 400), lifetimes and feeders, with or without a
-    common component and decoys.
+    secondary sinks with their own norms (20 to 400), lifetimes (2 or more) and feeders, with or
+    without a common component and decoys.
 
     Args:
         seed: The same seed draws the same model.
@@ -288,7 +288,7 @@ def random_planted(seed: int, *, architecture: Architecture | None = None) -> Pl
     common = draw.choice([0.0, draw.uniform(8, 40)])
     tokens = draw.sample(range(len(SPECIAL_WORDS), 64), 10)
     n_sinks = draw.randint(0, 6)
-    long_phases = [p for p in phases if min(p.end, n_layers - 1) - p.start >= 2]
+    long_phases = [p for p in phases if min(p.end, n_layers - 1) - p.start >= 3]
     secondary = tuple(
         _random_sink(draw, n_layers, draw.choice(long_phases), token, least=max(20.0, common))
         for token in tokens[:n_sinks]
@@ -333,7 +333,7 @@ def _random_phases(draw: random.Random, n_layers: int) -> tuple[PlantedPhase, ..
 def _random_sink(
     draw: random.Random, n_layers: int, phase: PlantedPhase, token: int, *, least: float
 ) -> PlantedSink:
-    writer = draw.randint(phase.start + 1, min(phase.end, n_layers - 1) - 1)
+    writer = min(draw.randint(phase.start + 1, min(phase.end, n_layers - 1) - 1), phase.end - 2)
     feeders: tuple[int, ...] = ()
     if draw.random() < 0.4:
         feeders = tuple(sorted(draw.sample(range(writer), min(writer, draw.randint(1, 3)))))
@@ -341,6 +341,6 @@ def _random_sink(
         token=token,
         writer=writer,
         norm=math.exp(draw.uniform(math.log(least), math.log(400))),
-        lifetime=draw.randint(1, phase.end - writer),
+        lifetime=draw.randint(2, phase.end - writer),
         feeders=feeders,
     )

@@ -32,17 +32,21 @@ _ROW = 0.16  # height of a row of the legend in inches
 
 
 def draw_scores(axes: Axes, sink_map: SinkMap) -> None:
-    """Sink score of every sink by layer, averaged over heads; the layer is the attention's."""
+    """Sink score of every sink by layer, averaged over heads; the layer is the attention's.
+
+    Logarithmic, so that a token called a sink within the band of ordinary tokens is seen at once.
+    """
     axes.set_label("scores")
     axes.set_title("attention drawn")
     if sink_map.sink_score is None:
         return
     score = _array(sink_map.sink_score.float().mean(dim=1))
+    axes.set_yscale("log")
     _draw_curves(axes, sink_map, score, shift=1)
     axes.set_ylabel("sink score")
-    shown = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
-    top = max((float(np.nanmax(values, initial=0.0)) for values in shown), default=0.0)
-    axes.set_ylim(0, top * 1.1 or 1.0)
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_norms(axes: Axes, sink_map: SinkMap) -> None:
@@ -140,10 +144,10 @@ def _draw_curves(axes: Axes, sink_map: SinkMap, values: np.ndarray, *, shift: in
 def _draw_ordinary(axes: Axes, sink_map: SinkMap, values: np.ndarray) -> None:
     """Median and 5-95 % band of the ordinary tokens."""
     rest = values[:, ordinary_tokens(sink_map).numpy()]
-    rest = rest[:, ~np.isnan(rest).any(axis=0)]
-    if rest.shape[1] == 0:
+    layers = np.flatnonzero(~np.isnan(rest).all(axis=1))  # some have no attention
+    rest = rest[layers][:, ~np.isnan(rest[layers]).any(axis=0)]
+    if rest.size == 0:
         return
-    layers = np.arange(values.shape[0])
     low, middle, high = np.quantile(rest, (0.05, 0.5, 0.95), axis=1)
     color = COLORS["ordinary"]
     axes.fill_between(layers, low, high, color=color, alpha=0.3, linewidth=0)

@@ -84,10 +84,8 @@ class AttentionBaseline:
             places = (n_later >= 1).nonzero().flatten()
         blocks = _blocks(places, n_later)
         relative = score / visible.uniform[:, None]
-        median = torch.stack(
-            [relative[:, :, block].nanmedian(dim=-1).values for block in blocks], -1
-        )
-        starts = torch.stack([block[0] for block in blocks])
+        medians = [relative[:, :, block].nanmedian(dim=-1).values for block in blocks]
+        median, starts = torch.stack(medians, dim=-1), torch.stack([b[0] for b in blocks])
         aligned = ~examples
         aligned[primary] = False
         received = score.mean(dim=1)[:, aligned] * visible.n_seeing[:, aligned]

@@ -75,9 +75,9 @@ class AttentionCheck(Result):
     def __repr__(self) -> str:
         n_clear = counted(len(self.clear_sinks), "clear sink")
         return (
-            f"AttentionCheck(recall {self.recall:.2f} of {n_clear}, precision {self.precision:.2f}, "
-            f"false calls {list(self.false_calls)}, misses {list(self.misses)}, "
-            f"{len(self.open_calls)} calls left open)"
+            f"AttentionCheck(recall {self.recall:.2f} of {n_clear}, precision "
+            f"{self.precision:.2f}, false calls {list(self.false_calls)}, "
+            f"misses {list(self.misses)}, {len(self.open_calls)} calls left open)"
         )
 
     def to_frame(self) -> pd.DataFrame:

@@ -37,7 +37,8 @@ MIN_POOL = 16
 def ordinary_tokens(sink_map: SinkMap) -> Bool[Tensor, " token"]:
     """Which tokens are ordinary: neither the primary nor a sink at any layer."""
     ordinary = torch.ones(sink_map.n_tokens, dtype=torch.bool)
-    ordinary[[sink_map.primary_position, *(sink.position for sink in sink_map.sinks)]] = False
+    no_control = (*sink_map.sinks, *sink_map.undecided)
+    ordinary[[sink_map.primary_position, *(sink.position for sink in no_control)]] = False
     return ordinary
 
 

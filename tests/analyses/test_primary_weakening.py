@@ -88,7 +88,19 @@ def invented(text, count, *, effect):
     score = torch.full((N_LAYERS, 2, N_TOKENS), 0.01)
     score[:, :, 0] = primary[:, None]
     ones = (1.0,) * len(LIFE)
-    evidence = Evidence(ones, ones, ones, (9.0,) * len(LIFE), ones, (0.01,) * len(LIFE), 9.0, 20)
+    evidence = Evidence(
+        alignment=ones,
+        centered_alignment=ones,
+        norm=ones,
+        norm_ratio=(9.0,) * len(LIFE),
+        centered_norm_ratio=ones,
+        sink_score=(0.01,) * len(LIFE),
+        attention_ratio=9.0,
+        strength=1.0,
+        n_queries=20,
+        delay=1,
+        published_kind="secondary",
+    )
     sinks = [Sink(0, "x", 1, "primary", tuple(range(1, 19)))]
     sinks += [Sink(3 + n, "y", 2, "secondary", LIFE, evidence) for n in range(count)]
     return SinkMap(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import secondary_sinks as ss
+from secondary_sinks.observe.attention_collectors import Visible
 from secondary_sinks.observe.residual_geometry import Geometry
 from secondary_sinks.planted.planted_model import (
     PlantedPhase,
@@ -13,9 +16,18 @@ from secondary_sinks.planted.planted_model import (
     planted_model,
     random_planted,
 )
-from secondary_sinks.sinks import attention_baseline as attention
+from secondary_sinks.sinks.attention_baseline import AttentionBaseline
 from secondary_sinks.sinks.criterion import DEFAULTS, runs
+from secondary_sinks.sinks.measurements import Measurements
 from secondary_sinks.sinks.primary import detect, primary_runs
+
+
+def uniform_score(n_tokens):
+    """Mean attention from later queries under uniform attention; NaN for the last token."""
+    weight = 1 / torch.arange(1.0, n_tokens + 1)
+    later = weight.flip(0).cumsum(0).flip(0) - weight
+    later[-1] = torch.nan
+    return later / torch.arange(n_tokens - 1, -1, -1).clamp_min(1)
 
 
 def found(sinks):
@@ -43,7 +55,7 @@ def test_the_planted_truth_is_recovered_exactly(seed):
         nearest = sinks.margins(None)
         assert nearest.closeness.max() < 0.9, "decoys and ordinary tokens are far from passing"
         decoys = nearest[nearest.position.isin(truth.decoys_aligned)]
-        assert (decoys.failed == "attention").all()
+        assert decoys.failed.isin(["attention", "strength"]).all()
 
 
 def one_sink(**kwargs):
@@ -56,7 +68,7 @@ def one_sink(**kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("late", [1, 2, 4, 9])
+@pytest.mark.parametrize("late", [2, 4, 9])
 def test_a_late_sink_that_few_queries_can_see(late):
     model = one_sink()
     tokens = model.tokens(64)
@@ -68,6 +80,23 @@ def test_a_late_sink_that_few_queries_can_see(late):
     assert torch.isnan(sinks.sink_score[:, :, -8:]).all(), (
         "too few queries for a score to mean much"
     )
+
+
+@pytest.mark.slow
+def test_the_last_token_is_undecided():
+    """It has the residual of a sink, and nobody can look at it."""
+    model = one_sink()
+    tokens = model.tokens(64)
+    tokens[tokens == 20] = 21
+    tokens[0, -1] = 20
+    host = model.load()
+    sinks = ss.detect_sinks(host, tokens)
+    assert sinks.secondary == []
+    assert [(s.position, s.layers, s.kind) for s in sinks.undecided] == [
+        (63, (5, 6, 7, 8), "undecided")
+    ]
+    longer = torch.cat([tokens, torch.full((1, 2), 21)], dim=1)
+    assert found(ss.detect_sinks(host, longer)) == {(63, 5, 4)}
 
 
 @pytest.mark.slow
@@ -176,69 +205,135 @@ def test_most_tokens_may_be_sinks(share):
     assert len(sinks.secondary) > share * 60
 
 
-def test_a_sink_that_outlives_a_break_of_the_primary_stays_secondary():
-    """Two phases, one life of a token through both, by hand."""
-    n_layers, n_tokens = 12, 40
-    centered = torch.zeros(1, n_layers, n_tokens)
+def measurements(n_layers, n_tokens, sinks, persistence, *, primary_score=0.4, share=1.0):
+    """Made by hand: one head, ordinary tokens that draw `share` of uniform attention.
+
+    Args:
+        sinks: for each sink token, its layers, its norm over that of an ordinary token, and the
+            attention that it draws in the layers after, over that of uniform attention.
+    """
+    uniform = uniform_score(n_tokens)
+    aligned = torch.zeros(1, n_layers, n_tokens)
     norm = torch.ones(n_layers, n_tokens)
-    score = attention.uniform_score(n_tokens).expand(n_layers, 2, n_tokens).clone()
-    for token, layers in ((0, [1, 2, 3, 4, 7, 8, 9, 10]), (20, [3, 4, 7, 8, 9])):
-        centered[0, layers, token] = 1
-        norm[layers, token] = 50
-        score[1:, :, token] *= 20
-    persistence = torch.ones(1, n_layers)
-    persistence[0, [1, 5, 7]] = 0
+    score = share * uniform.expand(n_layers, 1, n_tokens).clone()
+    score[:, :, 0] = primary_score
+    for token, (layers, size, drawn) in sinks.items():
+        aligned[0, layers, token], norm[layers, token] = 1, size
+        if token:
+            shown = [layer + 1 for layer in layers if layer + 1 < n_layers]
+            score[shown, :, token] = drawn * uniform[token]
     geometry = Geometry(
         candidates=(0,),
         norm=norm,
         centered_norm=norm,
-        alignment=centered,
-        centered_alignment=centered,
-        persistence=persistence,
+        alignment=aligned,
+        centered_alignment=aligned,
+        persistence=persistence[None],
         residual=torch.ones(1, n_layers, 2),
         common=torch.zeros(n_layers, 2),
         background_norm=torch.ones(n_layers),
         background_centered_norm=torch.ones(n_layers),
+        share_alike=torch.zeros(n_layers),
     )
-    detection = detect(
-        geometry,
-        score,
-        list(range(n_tokens)),
-        tuple(map(str, range(n_tokens))),
-        thresholds=DEFAULTS,
+    n_later = torch.arange(n_tokens - 1.0, -1, -1)
+    return Measurements(
+        tokens=tuple(range(n_tokens)),
+        token_strings=tuple(map(str, range(n_tokens))),
+        geometry=geometry,
+        score=score,
+        visible=Visible(n_later.expand(n_layers, -1), uniform.expand(n_layers, -1)),
+        beginnings=frozenset(range(4)),
     )
+
+
+def persistence_of(n_layers, *turns):
+    """1, but for the layers in which the primary turns."""
+    cosine = torch.ones(n_layers)
+    cosine[list(turns)] = 0
+    return cosine
+
+
+def lives_of(detection, token):
+    return [(s.kind, s.l_start, s.lifetime) for s in detection.sinks if s.position == token]
+
+
+def test_a_sink_that_outlives_a_break_of_the_primary_stays_secondary():
+    """Two phases, one life of a token through both."""
+    primary = ([1, 2, 3, 4, 7, 8, 9, 10], 50, 0)
+    through = ([3, 4, 7, 8, 9], 50, 20)
+    measured = measurements(12, 40, {0: primary, 20: through}, persistence_of(12, 1, 5, 7))
+    detection = detect(measured, thresholds=DEFAULTS)
     assert detection.phases == ((1, 5), (7, 11))
-    of_token = [(s.kind, s.l_start, s.lifetime) for s in detection.sinks if s.position == 20]
-    assert of_token == [("secondary", 3, 2), ("secondary", 7, 3)]
+    assert lives_of(detection, 20) == [("secondary", 3, 2), ("secondary", 7, 3)]
+    assert [s.evidence.delay for s in detection.sinks if s.position == 20] == [2, 0]
+
+
+def test_only_a_token_at_the_beginning_is_primary_with_the_phase():
+    """Whether the first token rises early or late, the others keep their label."""
+    others = {2: ([2, 3, 4, 5], 50, 20), 20: ([2, 3, 4, 5], 50, 20)}
+    for first in (1, 2):
+        primary = (list(range(first, 6)), 50, 0)
+        measured = measurements(8, 40, {0: primary, **others}, persistence_of(8, first))
+        detection = detect(measured, thresholds=DEFAULTS)
+        assert lives_of(detection, 20) == [("secondary", 2, 4)]
+        expected = "primary" if first == 2 else "secondary"
+        assert lives_of(detection, 2) == [(expected, 2, 4)]
+        later = next(sink for sink in detection.sinks if sink.position == 20)
+        assert later.evidence.delay == 2 - first
 
 
 def test_more_than_nothing_is_not_yet_attention():
-    """Ordinary tokens draw nothing; a token that draws ten times that is no sink."""
-    n_tokens = 40
-    centered = torch.zeros(1, 6, n_tokens)
-    norm = torch.ones(6, n_tokens)
-    for token in (0, 20):
-        centered[0, 1:5, token], norm[1:5, token] = 1, 50
-    centered[0, 1, 20] = 0
-    geometry = Geometry(
-        candidates=(0,),
-        norm=norm,
-        centered_norm=norm,
-        alignment=centered,
-        centered_alignment=centered,
-        persistence=torch.tensor([[torch.nan, 0, 1, 1, 1, 0]]),
-        residual=torch.ones(1, 6, 2),
-        common=torch.zeros(6, 2),
-        background_norm=torch.ones(6),
-        background_centered_norm=torch.ones(6),
-    )
-    for factor, expected in ((1e-5, 0), (1.0, 1)):
-        score = (attention.uniform_score(n_tokens) * 0.1 * factor).expand(6, 2, n_tokens).clone()
-        score[:, :, 0] = 0.9
-        score[:, :, 20] *= 30
-        strings = tuple(map(str, range(n_tokens)))
-        detection = detect(geometry, score, list(range(n_tokens)), strings, thresholds=DEFAULTS)
-        assert sum(s.position == 20 for s in detection.sinks) == expected
+    """Ordinary tokens draw next to nothing; a token that draws 30 times that is no sink."""
+    primary, other = ([1, 2, 3, 4], 50, 0), [2, 3, 4]
+    for share, expected in ((1e-5, 0), (0.5, 1)):
+        sinks = {0: primary, 20: (other, 50, 30 * share)}
+        measured = measurements(6, 40, sinks, persistence_of(6, 5), share=share)
+        assert len(lives_of(detect(measured, thresholds=DEFAULTS), 20)) == expected
+
+
+def test_leaning_towards_the_primary_for_one_layer_is_no_life():
+    """However many tokens do, and however much they draw in the next."""
+    leaning = {token: ([1], 50, 20) for token in range(5, 30)}
+    primary = ([1, 2, 3, 4], 50, 0)
+    measured = measurements(6, 60, {0: primary, **leaning}, persistence_of(6, 5))
+    detection = detect(measured, thresholds=DEFAULTS)
+    assert {sink.position for sink in detection.sinks} == {0}
+    for_one = detect(measured, thresholds=DEFAULTS | {"min_lifetime": 1})
+    assert {sink.position for sink in for_one.sinks} == {0, *range(5, 30)}
+
+
+def test_weak_residuals_that_draw_a_lot_and_strong_ones_that_draw_nothing():
+    primary, life = ([1, 2, 3, 4], 200, 0), [2, 3, 4]
+    sinks = {0: primary, 20: (life, 2.3, 75), 30: (life, 200, 0.2)}
+    detection = detect(measurements(6, 500, sinks, persistence_of(6, 5)), thresholds=DEFAULTS)
+    assert {sink.position for sink in detection.sinks} == {0, 20}
+
+
+def test_strength_does_not_depend_on_the_length_of_the_text():
+    """A sink whose share falls with the root of the length as its multiple of uniform rises."""
+    primary, life = ([1, 2, 3, 4], 200, 0), [2, 3, 4]
+    for n_tokens in (100, 1600):
+        drawn = 8 * (n_tokens / 100) ** 0.5
+        sinks = {0: primary, n_tokens // 4: (life, 20, drawn)}
+        detection = detect(
+            measurements(6, n_tokens, sinks, persistence_of(6, 5)), thresholds=DEFAULTS
+        )
+        (sink,) = (sink for sink in detection.sinks if sink.position)
+        assert sink.strength == pytest.approx(8 * float(uniform_score(100)[25]) ** 0.5, rel=0.1)
+
+
+def test_lives_are_judged_by_the_next_layer_that_has_attention():
+    primary, life = ([1, 2, 3, 4], 200, 0), [1, 2]
+    sinks = {0: primary, 20: (life, 20, 30), 30: (life, 20, 0.5)}
+    measured = measurements(6, 60, sinks, persistence_of(6, 5))
+    measured.score[[1, 2]] = torch.nan
+    uniform = measured.visible.uniform.clone()
+    uniform[[1, 2]] = torch.nan
+    measured = replace(measured, visible=Visible(measured.visible.n_seeing, uniform))
+    detection = detect(measured, thresholds=DEFAULTS)
+    assert {sink.position for sink in detection.sinks} == {0, 20}
+    scores = next(sink for sink in detection.sinks if sink.position == 20).evidence.sink_score
+    assert scores == (float(measured.score[3, 0, 20]),) * 2
 
 
 def test_a_primary_of_ones_own_choice(tiny, tokens_of):
@@ -295,27 +390,70 @@ def test_the_criterion_of_a_map_judges_its_tokens_as_detection_did(seed, tmp_pat
         assert some[item].nonzero().flatten().tolist() == layers
 
 
+def baseline_of(score, ordinary):
+    n = score.shape[2]
+    n_later = torch.arange(n - 1.0, -1, -1).expand(len(score), -1)
+    visible = Visible(n_later, uniform_score(n).expand(len(score), -1))
+    return AttentionBaseline.of(score, 0, examples=ordinary, visible=visible, min_queries=4)
+
+
 def test_uniform_attention_has_ratio_one():
     n = 40
-    pattern = torch.tril(torch.ones(n, n))
-    pattern = pattern / pattern.sum(dim=1, keepdim=True)
-    score = torch.tril(pattern, -1).sum(dim=0) / torch.arange(n - 1, -1, -1)
-    torch.testing.assert_close(attention.uniform_score(n)[:-1], score[:-1])
-    ratio = attention.AttentionBaseline.of(
-        score.expand(2, 3, n), 0, examples=torch.ones(n, dtype=torch.bool), min_queries=4
-    ).ratio(score.expand(2, 3, n))
+    score = uniform_score(n).expand(2, 3, n)
+    ratio = baseline_of(score, torch.ones(n, dtype=torch.bool)).ratio(score)
     torch.testing.assert_close(ratio[:, :-1], torch.ones(2, n - 1))
     assert torch.isnan(ratio[:, -1]).all()
 
 
 def test_heads_that_ignore_the_primary_do_not_count():
     n = 40
-    score = attention.uniform_score(n).expand(1, 4, n).clone()
+    score = uniform_score(n).expand(1, 4, n).clone()
     score[0, 0, 0] = 0.5  # head 0 looks at the primary
     score[0, 0, 20] *= 10  # and at token 20;
     score[0, 1:, 30] *= 10  # the others look at token 30
     ordinary = torch.ones(n, dtype=torch.bool)
     ordinary[[0, 20, 30]] = False
-    ratio = attention.AttentionBaseline.of(score, 0, examples=ordinary, min_queries=4).ratio(score)
+    ratio = baseline_of(score, ordinary).ratio(score)
     assert ratio[0, 20].item() == pytest.approx(10, rel=1e-4)
     assert ratio[0, 30].item() == pytest.approx(1, rel=1e-4)
+
+
+def test_late_tokens_are_compared_with_tokens_that_as_many_queries_see():
+    """All attend to the most recent token: late ones draw more, and none stands out."""
+    n = 200
+    n_later = torch.arange(n - 1.0, -1, -1)
+    score = (1 / n_later.clamp_min(1)).expand(1, 1, n)
+    ratio = baseline_of(score, torch.ones(n, dtype=torch.bool)).ratio(score)
+    assert ratio[0, 4:-8].max() < 2.5
+
+
+def test_strength_counts_what_many_sinks_leave():
+    """Where three quarters of the attention goes to aligned tokens, each draws a fraction."""
+    n = 101
+    ordinary = torch.arange(n) % 4 == 0
+    uniform = uniform_score(n)
+    score = torch.where(ordinary, 0.01, 1.3) * uniform
+    baseline = baseline_of(score.expand(1, 1, n), ordinary)
+    left = 1 - float((score * torch.arange(n - 1, -1, -1))[~ordinary].nansum()) / (n - 1)
+    assert float(baseline.left) == pytest.approx(max(left, 0.1), rel=1e-4)
+    alone = (1.3 * uniform / uniform.sqrt())[41]
+    strength = baseline.strength(score.expand(1, 1, n))
+    assert float(strength[0, 41]) == pytest.approx(float(alone / baseline.left), rel=1e-4)
+
+
+def test_refilter_judges_as_detection_does(tmp_path):
+    model = random_planted(3)
+    host, tokens = model.load(), model.tokens(96, seed=3)
+    sinks = ss.detect_sinks(host, tokens)
+    assert sinks.refilter().sinks == sinks.sinks
+    thresholds = {"min_lifetime": 5, "min_strength": 0.5, "min_alignment": 0.95}
+    again = ss.SinkMap.load(sinks.save(tmp_path / "map.safetensors")).refilter(**thresholds)
+    detected = ss.detect_sinks(host, tokens, **thresholds)
+    assert again.sinks == detected.sinks
+    assert again.thresholds == detected.thresholds
+    assert again.refilter(min_lifetime=2, min_strength=0.3, min_alignment=0.9).sinks == sinks.sinks
+    assert 0 < len(sinks.refilter(min_lifetime=6).secondary) < len(sinks.secondary)
+    with pytest.raises(ss.InputError, match="min_cosine"):
+        sinks.refilter(min_cosine=0.9)
+    with pytest.raises(ss.InputError, match="evidence"):
+        ss.detect_sinks(host, tokens, criterion="published").refilter(min_lifetime=3)
