@@ -9,6 +9,7 @@ import torch
 
 import secondary_sinks as ss
 from secondary_sinks.host.identity import check_residual_identity
+from secondary_sinks.observe.steady_attention import MIN_SEGMENTS
 
 N, POSITION = 24, 9
 WITHOUT = {"qwen3-next": [0], "lfm2": [0, 2], "jamba": [0, 2], "granite4": [0, 2]}
@@ -53,7 +54,7 @@ def test_streamed_as_eager(tiny, tokens_of, hybrid):
 
 @pytest.mark.parametrize("way", ["streaming", "eager"])
 def test_no_query_sees_a_token_in_a_layer_without_attention(tiny, tokens_of, way):
-    n_tokens = 48  # enough for steady attention
+    n_tokens = 8 * (MIN_SEGMENTS + 1)  # segments of 8
     collectors = [ss.Visibility(), ss.SteadyAttention()]
     trace_result = ss.trace(tiny("lfm2"), tokens_of(n_tokens), collectors, attention=way)
     visible, steady = trace_result["Visibility"], trace_result["SteadyAttention"]
