@@ -202,6 +202,12 @@ def hf_model() -> Callable[..., Any]:
     return build_hf
 
 
+@pytest.fixture(scope="session")
+def wrap() -> Callable[[Any], Any]:
+    """A tiny Hugging Face model -> its bridge, which takes it over in place."""
+    return bridge
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Each family in turn."""

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.attention_replaced import sliding_windows
+from secondary_sinks.host.precision import coarsest_dtype
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.intervene.clean_run import CleanRun, KeepMasks, KeepText
 from secondary_sinks.intervene.edits import Scale, Zero
@@ -46,13 +47,15 @@ _ENGINE_FAILS = (
 )
 """What is raised where a model does not take the mask, the positions or the cache."""
 
-_tested: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], float]] = weakref.WeakKeyDictionary()
+_tested: weakref.WeakKeyDictionary[Any, dict[Any, float]] = weakref.WeakKeyDictionary()
+"""By engine, longest window exceeded and precision of the weights."""
 
 
 def difference_from_full(model: Any, clean: CleanRun, engine: FastEngine) -> float:
     """Largest relative difference of an engine's rows from full passes; infinite if it cannot run.
 
-    Measured once a model, and once more when a text first exceeds a sliding window.
+    Measured once a model, and once more when a text first exceeds a sliding window, or when the
+    precision of the weights has changed.
     """
     n_tokens = len(clean.tokens)
     if engine == "cached" or clean.shows_scores:
@@ -63,9 +66,10 @@ def difference_from_full(model: Any, clean: CleanRun, engine: FastEngine) -> flo
     else:
         n_tested = exceeded = min(n_tokens, _LONGEST_TEST)
     known = _tested.setdefault(model, {})
-    if (engine, exceeded) not in known:
-        known[engine, exceeded] = _compare_with_full(model, clean, engine, n_tested)
-    return known[engine, exceeded]
+    key = (engine, exceeded, coarsest_dtype(model))
+    if key not in known:
+        known[key] = _compare_with_full(model, clean, engine, n_tested)
+    return known[key]
 
 
 def difference_from_clean(
