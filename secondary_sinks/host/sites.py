@@ -14,6 +14,7 @@ accepted as well: `"blocks.3.hook_resid_post"` is `Site("resid_post", 3)`.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
@@ -192,12 +193,19 @@ def spell_site(site: Site) -> str:
     return site.name if site.layer is None else f"{site.name} of layer {site.layer}"
 
 
+_attention_layers: weakref.WeakKeyDictionary[Any, tuple[int, ...]] = weakref.WeakKeyDictionary()
+_recurrent_layers: weakref.WeakKeyDictionary[Any, tuple[int, ...]] = weakref.WeakKeyDictionary()
+"""Of the models that were asked for them: reading a bridge's hook names takes milliseconds."""
+
+
 def attention_layers(model: Any) -> tuple[int, ...]:
     """The layers whose attention the model shows: all of them in most models, some in hybrids of
     attention with state spaces, convolutions or linear attention, none in models without it."""
-    points = model.hook_dict
-    layers = range(int(model.cfg.n_layers))
-    return tuple(layer for layer in layers if _hook_of(Site("pattern", layer), points) in points)
+    if model not in _attention_layers:
+        points, layers = model.hook_dict, range(int(model.cfg.n_layers))
+        shown = (layer for layer in layers if _hook_of(Site("pattern", layer), points) in points)
+        _attention_layers[model] = tuple(shown)
+    return _attention_layers[model]
 
 
 def layers_with_keys(model: Any) -> tuple[int, ...]:
@@ -222,14 +230,15 @@ def need_attention_everywhere(model: Any, what: str) -> None:
 def recurrent_layers(model: Any) -> tuple[int, ...]:
     """The layers in which something else than attention, or beside it, mixes tokens: a state or a
     convolution that each token hands to the next."""
-    points = model.hook_dict
-    attention = set(attention_layers(model))
-    return tuple(
-        layer
-        for layer in range(int(model.cfg.n_layers))
-        if layer not in attention
-        or any(f"blocks.{layer}.{mixer}.hook_out" in points for mixer in _MIXERS)
-    )
+    if model not in _recurrent_layers:
+        points, attention = model.hook_dict, set(attention_layers(model))
+        _recurrent_layers[model] = tuple(
+            layer
+            for layer in range(int(model.cfg.n_layers))
+            if layer not in attention
+            or any(f"blocks.{layer}.{mixer}.hook_out" in points for mixer in _MIXERS)
+        )
+    return _recurrent_layers[model]
 
 
 def spell_layers(layers: Iterable[int]) -> str:

@@ -27,12 +27,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from secondary_sinks.errors import InputError, LoadError, ModelError
 from secondary_sinks.loading.aliases import ALIASES, did_you_mean
 from secondary_sinks.loading.cache import cache_folder, file_sha256
-from secondary_sinks.loading.check_wrapped import check_wrapped, probe_logits
 from secondary_sinks.loading.convert import convert_gguf, target_folder
 from secondary_sinks.loading.fetch import fetch
 from secondary_sinks.loading.hub import explained_errors, hub_options
 from secondary_sinks.loading.messages import one_line, quiet_transformers
-from secondary_sinks.loading.text_model import is_multimodal, text_model_of
 from secondary_sinks.loading.tokenizer import read_tokenizer, unchanged_tokenizer
 
 if TYPE_CHECKING:
@@ -115,8 +113,10 @@ def load_model(
         _check_in_memory(source, tokenizer)
         hf, tokenizer_of_source = source, None
         name = Path(getattr(hf.config, "_name_or_path", "") or type(hf).__name__).name
-    if not _is_causal(type(hf).__name__) and is_multimodal(hf.config):
-        hf = text_model_of(name, hf)
+    if not _is_causal(type(hf).__name__):
+        from secondary_sinks.loading.text_model import is_multimodal, text_model_of
+
+        hf = text_model_of(name, hf) if is_multimodal(hf.config) else hf
     tokenizer = tokenizer_of_source if tokenizer is None else copy.deepcopy(tokenizer)
     hf = _placed(name, hf, device, dtype).eval()
     return _wrap(name, hf, tokenizer, kind, progress)
@@ -276,6 +276,8 @@ def _check_causal(name: str, config: Any, architecture: str | None) -> None:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
+    from secondary_sinks.loading.text_model import is_multimodal
+
     other = None
     if getattr(config, "is_encoder_decoder", False):
         other = "an encoder-decoder"
@@ -327,6 +329,8 @@ def _wrap(name: str, hf: Any, tokenizer: Any, kind: str, progress: bool) -> Any:
             model.cfg.model_name = name
         else:
             from transformer_lens.model_bridge import TransformerBridge
+
+            from secondary_sinks.loading.check_wrapped import check_wrapped, probe_logits
 
             _warn_of_eager_alibi(name, hf)
             expected = probe_logits(name, hf)

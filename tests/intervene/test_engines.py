@@ -38,6 +38,9 @@ def changeable(make_tiny, tokens_of):
     return model, ss.detect_sinks(model, tokens_of(N))
 
 
+EXPERTS = {"gpt-oss", "mixtral"}  # without neurons
+
+
 def interventions(family):
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     rows = [
@@ -52,7 +55,7 @@ def interventions(family):
         I("z", 1, 6, ss.Zero(), head=2),
         I("k", 1, 6, ss.Zero()),
         I("v", 1, 12, ss.Scale(3.0), head=1),
-        I("mlp_post", 1, 4, ss.Zero(), neuron=3),
+        I("mlp_post", 1, 4, ss.Zero(), neuron=None if family in EXPERTS else 3),
         (I("mlp_out", 0, 13, ss.Zero()), I("attn_out", 2, 13, ss.Scale(-1.0))),
         I("mlp_out", 0, N - 1, ss.Zero()),
         I("attn_out", 1, 0, ss.Scale(0.5)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import secondary_sinks as ss
-from secondary_sinks.loading import check_wrapped, load_model
+from secondary_sinks.loading import check_wrapped
 
 TEXT = {
     "hidden_size": 32,
@@ -116,7 +116,7 @@ def test_a_text_model_that_is_not_one_by_itself_is_refused(tokenizer):
 def test_a_wrapped_model_that_differs_is_noticed(hf_model, monkeypatch, tokenizer):
     hf = hf_model("llama")
     wrong = check_wrapped.probe_logits("llama", hf) * 1.01
-    monkeypatch.setattr(load_model, "probe_logits", lambda *_: wrong)
+    monkeypatch.setattr(check_wrapped, "probe_logits", lambda *_: wrong)
     with pytest.warns(UserWarning, match=r"differ from those of the model itself by 9.9e-03"):
         ss.load_model(hf, tokenizer=tokenizer, progress=False)
 
