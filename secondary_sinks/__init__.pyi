@@ -2,6 +2,8 @@
 
 from .analyses.attribute_to_mlps import MlpAttribution as MlpAttribution
 from .analyses.attribute_to_mlps import attribute_to_mlps as attribute_to_mlps
+from .analyses.check_model import ModelCheck as ModelCheck
+from .analyses.check_model import check_model as check_model
 from .analyses.decomposition.sink_decomposition import SinkDecomposition as SinkDecomposition
 from .analyses.decomposition.sink_decomposition import sink_decomposition as sink_decomposition
 from .analyses.dose_response import DoseResponse as DoseResponse

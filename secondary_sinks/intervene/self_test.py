@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 
 from secondary_sinks.errors import ModelError
 from secondary_sinks.host.attention_replaced import sliding_windows
+from secondary_sinks.host.precision import coarsest_dtype
 from secondary_sinks.host.protocol import UserHook
 from secondary_sinks.intervene.clean_run import CleanRun, KeepMasks, KeepText
 from secondary_sinks.intervene.edits import Scale, Zero
@@ -56,15 +57,15 @@ class Difference(NamedTuple):
     """Why it cannot run."""
 
 
-_tested: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], Difference]] = (
-    weakref.WeakKeyDictionary()
-)
+_tested: weakref.WeakKeyDictionary[Any, dict[Any, Difference]] = weakref.WeakKeyDictionary()
+"""By engine, longest window exceeded and precision of the weights."""
 
 
 def difference_from_full(model: Any, clean: CleanRun, engine: FastEngine) -> Difference:
     """Difference of an engine's rows from full passes.
 
-    Measured once a model, and once more when a text first exceeds a sliding window.
+    Measured once a model, and once more when a text first exceeds a sliding window, or when the
+    precision of the weights has changed.
     """
     n_tokens = len(clean.tokens)
     if engine == "cached" or clean.shows_scores:
@@ -75,9 +76,10 @@ def difference_from_full(model: Any, clean: CleanRun, engine: FastEngine) -> Dif
     else:
         n_tested = exceeded = min(n_tokens, _LONGEST_TEST)
     known = _tested.setdefault(model, {})
-    if (engine, exceeded) not in known:
-        known[engine, exceeded] = _compare_with_full(model, clean, engine, n_tested)
-    return known[engine, exceeded]
+    key = (engine, exceeded, coarsest_dtype(model))
+    if key not in known:
+        known[key] = _compare_with_full(model, clean, engine, n_tested)
+    return known[key]
 
 
 def difference_from_clean(

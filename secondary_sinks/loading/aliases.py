@@ -182,8 +182,8 @@ _INDEX_MODELS = (
         layers=18,
         needs_hub=False,
         license="gemma",
-        note="Q4_K_M weights from the Python package index, 227 MB to download, under the Gemma "
-        "Terms of Use",
+        note="base model without a chat template; Q4_K_M weights from the Python package index, "
+        "227 MB to download, under the Gemma Terms of Use",
     ),
 )
 

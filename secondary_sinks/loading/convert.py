@@ -17,13 +17,15 @@ libraries that wrote them). A folder without a record, or with files of other si
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import re
 import shutil
 import tempfile
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -133,15 +135,16 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     usual = AutoTokenizer.from_pretrained(folder)
     same_rule = _component(usual, "pre_tokenizer") == _component(tokenizer, "pre_tokenizer")
-    if same_rule and not _component(tokenizer, "normalizer"):
+    if same_rule and _component(tokenizer, "normalizer") is None:
         usual.save_pretrained(folder)
 
 
-def _component(tokenizer: Any, name: str) -> Any:
-    """One component of a fast tokenizer, as `tokenizer.json` has it."""
-    if not tokenizer.is_fast:
-        return None
-    return json.loads(tokenizer.backend_tokenizer.to_str())[name]
+def _component(tokenizer: Any, name: str) -> bytes | None:
+    """One component of a fast tokenizer, as JSON; None if it has no such component."""
+    component = getattr(tokenizer.backend_tokenizer, name) if tokenizer.is_fast else None
+    # Not read from the whole tokenizer as JSON, which takes seconds with 262,000 words.
+    state: bytes | None = None if component is None else component.__getstate__()
+    return state
 
 
 def _read_gguf(gguf: Path) -> tuple[Any, Any]:
@@ -164,10 +167,11 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
         except OSError:
             shutil.copyfile(gguf, link)
         try:
-            dequantized = AutoModelForCausalLM.from_pretrained(
-                empty, gguf_file=link.name, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(empty, gguf_file=link.name)
+            with _metadata_read_once():
+                dequantized = AutoModelForCausalLM.from_pretrained(
+                    empty, gguf_file=link.name, dtype=torch.float32
+                )
+                tokenizer = AutoTokenizer.from_pretrained(empty, gguf_file=link.name)
         except Exception as error:
             # The reader has no error class: a truncated file raises struct.error, a failed
             # reshape, IndexError or UnicodeDecodeError, depending on where it ends.
@@ -176,6 +180,36 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
                 "truncated, or of an architecture that transformers cannot read from GGUF?"
             ) from error
     return _savable(dequantized), tokenizer
+
+
+@contextmanager
+def _metadata_read_once() -> Iterator[None]:
+    """Within the context transformers reads the metadata of a GGUF file once, and faster.
+
+    It reads most architectures with the reader of the package gguf: for the configuration, for the
+    weights, and for the tokenizer. Each time the reader slices a memory map for every word of the
+    vocabulary, and NumPy slices a memory map four times slower than a plain array over the same
+    memory. With the 262,144 words of Gemma 3, two minutes of four become ten seconds.
+    """
+    import gguf
+    import numpy as np
+
+    stock = gguf.GGUFReader
+
+    class Reader(stock):  # type: ignore[misc, valid-type]
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, memory_map: Any) -> None:
+            self._data = memory_map.view(np.ndarray)
+
+    gguf.GGUFReader = functools.cache(Reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = stock
 
 
 def _savable(dequantized: Any) -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from secondary_sinks.errors import LoadError
-from secondary_sinks.loading.aliases import did_you_mean
+from secondary_sinks.loading.aliases import INDEX_FILES, did_you_mean
 from secondary_sinks.loading.messages import one_line, quiet_transformers
 
 _WITHOUT_A_HUB = (
-    "These sources need no hub: the aliases qwen2.5-coder-0.5b and smollm2-135m, a local folder, "
+    f"These sources need no hub: the aliases {', '.join(INDEX_FILES)}, a local folder, "
     "a .gguf file, and a model in memory."
 )
 

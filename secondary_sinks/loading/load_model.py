@@ -252,6 +252,10 @@ def _check_in_memory(model: Any, tokenizer: Any) -> None:
     """Raise unless `model` is a causal language model from Hugging Face, with a tokenizer."""
     from transformers import PreTrainedModel
 
+    if hasattr(model, "_orig_mod"):
+        raise LoadError(
+            "This model was wrapped by torch.compile; pass the model itself (model._orig_mod)."
+        )
     if not isinstance(model, PreTrainedModel):
         raise LoadError(
             "source must be an alias, a hub id, a folder, a .gguf file or a Hugging Face model, "

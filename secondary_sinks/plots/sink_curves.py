@@ -45,7 +45,7 @@ def draw_scores(axes: Axes, sink_map: SinkMap) -> None:
     _draw_curves(axes, sink_map, score, shift=1)
     axes.set_ylabel("sink score")
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
-    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    axes.yaxis.set_major_formatter(FuncFormatter(_share))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -156,6 +156,11 @@ def _draw_ordinary(axes: Axes, sink_map: SinkMap, values: np.ndarray) -> None:
 
 def _short(value: float, _: object = None) -> str:
     return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+
+
+def _share(value: float, _: object = None) -> str:
+    """A share without its leading zero; shares too small for a short label have none."""
+    return f"{value:g}".lstrip("0") if value >= 1e-4 else ""
 
 
 def _array(values: Tensor) -> np.ndarray:

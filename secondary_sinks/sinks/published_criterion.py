@@ -100,7 +100,11 @@ def detect(measured: Measurements, *, chat: bool, primary: int | None = None) ->
     # As published records list them: the primary first, then by layer and position.
     sinks.sort(key=lambda sink: (sink.position != position, sink.l_start, sink.position))
     return Detection(
-        primary=index, phases=((start, end),), sinks=tuple(sinks), attention_ratio=attention
+        primary=index,
+        phases=((start, end),),
+        sinks=tuple(sinks),
+        attention_ratio=attention,
+        strength=strength,
     )
 
 

@@ -115,6 +115,22 @@ def test_models_lists_every_alias():
     small = next(line for line in shown.splitlines() if line.startswith("smollm2-135m"))
     assert "package index" in small
     assert small.split()[-1] == "no"
+    (gemma,) = [line for line in shown.splitlines() if line.startswith("gemma3-270m: ")]
+    assert "Gemma Terms of Use" in gemma
+
+
+def test_check_says_line_by_line_what_works(folder, tmp_path):
+    done = run("check", folder, "--tokens", 300, "--out", tmp_path / "out")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert done.exit_code == 0, done.output
+    assert ["cached", "rows", "ok"] in [line[:3] for line in lines]
+    assert "with 300 tokens" in " ".join(done.stdout.split())
+    frame = pd.read_csv(tmp_path / "out" / "check.csv")
+    assert set(frame["outcome"]) == {"ok"}
+    assert ss.ModelCheck.load(tmp_path / "out" / "check.safetensors").passed
+    failed = run("check", folder, "--tokens", 1000)
+    assert failed.exit_code == 1
+    assert "context holds 512 tokens" in " ".join(failed.stdout.split())
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     BertModel,
@@ -31,7 +32,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from secondary_sinks.errors import InputError, LoadError, ModelError
+from secondary_sinks.loading.convert import RECORD, _metadata_read_once
 from secondary_sinks.loading.load_model import load_model
+from secondary_sinks.loading.tokenizer import read_tokenizer
 
 WORDS = ["<s>", "</s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "."]
 TEXT = "the cat sat on a mat ."
@@ -264,6 +267,36 @@ def test_a_gguf_file_is_converted_without_changing_a_bit(tmp_path, monkeypatch, 
     shutil.copy(path, tmp_path / "copy")
     again = load_model(tmp_path / "copy" / "tiny.gguf", cache_dir=tmp_path / "cache")
     assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_the_metadata_of_a_gguf_file_is_read_once_and_as_the_package_reads_it(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf")
+    stock = gguf.GGUFReader
+    with _metadata_read_once():
+        fast = gguf.GGUFReader(str(path))
+        assert gguf.GGUFReader(str(path)) is fast
+    assert gguf.GGUFReader is stock
+    usual = stock(path)
+    assert [f.contents() for f in fast.fields.values()] == [
+        f.contents() for f in usual.fields.values()
+    ]
+    for mine, theirs in zip(fast.tensors, usual.tensors, strict=True):
+        assert mine.name == theirs.name
+        assert numpy.array_equal(mine.data, theirs.data)
+
+
+def test_a_converted_tokenizer_is_the_one_that_its_class_reads(tmp_path):
+    backend = tiny_tokenizer(adds_bos=True)
+    backend.add_tokens(["<cat>"])
+    backend.chat_template = "{{ messages[0].content }}"
+    backend.save_pretrained(tmp_path)
+    (tmp_path / RECORD).touch()
+    read, usual = read_tokenizer(str(tmp_path), {}), AutoTokenizer.from_pretrained(tmp_path)
+    text = f"{TEXT}<cat> </s> dog"
+    assert read(text).input_ids == usual(text).input_ids
+    assert (len(read), read.chat_template) == (len(usual), usual.chat_template)
+    assert read.special_tokens_map == usual.special_tokens_map
+    assert read.all_special_ids == usual.all_special_ids
 
 
 def test_files_beside_a_gguf_file_do_not_leak_into_it(tmp_path):

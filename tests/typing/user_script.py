@@ -132,6 +132,8 @@ def main() -> None:
     except (ss.InputError, ss.LoadError, ss.ModelError) as error:
         raise SystemExit(str(error)) from error
     other = ss.detect_sinks(planted.load(), planted.text(64))
+    check: ss.ModelCheck = ss.check_model(model, n_tokens=1000)
+    print(check.passed, check.to_frame())
     rows = intervene(model, sink_map, torch.ones(896))
     provenance: ss.Provenance = rows.provenance
     print(observe(model, "Once"), provenance, analyse(model, sink_map, other))
