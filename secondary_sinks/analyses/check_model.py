@@ -24,7 +24,13 @@ from secondary_sinks.host.memory import eager_attention_bytes
 from secondary_sinks.host.model_info import ModelInfo, describe
 from secondary_sinks.host.precision import attention_tolerance, tolerance
 from secondary_sinks.host.protocol import Model
-from secondary_sinks.host.sites import MODULE_SITES, SITE_HOOKS, Site, layer_sites
+from secondary_sinks.host.sites import (
+    MODULE_SITES,
+    SITE_HOOKS,
+    Site,
+    attention_layers,
+    layer_sites,
+)
 from secondary_sinks.host.text_input import tokenize
 from secondary_sinks.intervene.counterfactuals import counterfactuals
 from secondary_sinks.intervene.edits import Zero
@@ -32,6 +38,7 @@ from secondary_sinks.intervene.engine import Method
 from secondary_sinks.intervene.interventions import Intervention
 from secondary_sinks.observe.attention_path import path_of_attention
 from secondary_sinks.result import Result, counted
+from secondary_sinks.sinks.attention_check import attention_check
 from secondary_sinks.sinks.detect_sinks import detect_sinks
 from secondary_sinks.sinks.sink_map import SinkMap
 from secondary_sinks.texts import bundled_texts
@@ -44,11 +51,17 @@ Outcome = Literal["ok", "failed", "refused"]
 _N_TOKENS = 64
 """Length of the text that is run."""
 
+_N_JUDGED = 400
+"""Length of the two texts on which detection is compared with raw attention."""
+
+_MOST_DISAGREED = 0.1
+"""Tokens on which the two may disagree, over the number of clear sinks."""
+
 _LONG = 4096
 """Length for which memory is estimated, by default."""
 
-_NEEDED = ("resid_pre", "resid_post", "attn_out", "mlp_out", "pattern")
-"""Sites that detection and attribution read."""
+_NEEDED = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+"""Sites that detection and attribution read in every layer."""
 
 
 def check_model(model: Model, *, n_tokens: int | None = None) -> ModelCheck:
@@ -136,6 +149,8 @@ def _checks(model: Any, info: ModelInfo, n_tokens: int) -> Iterator[Check]:
     yield _judged("streamed attention", lambda: _streaming(model, tokens), otherwise="refused")
     found: list[SinkMap] = []
     yield _judged("detection", lambda: _detection(model, tokens, found))
+    if getattr(model, "tokenizer", None) is not None:
+        yield _judged("attention-only check", lambda: _agreement(model), otherwise="refused")
     if found:
         engine = partial(_engine, model, found[0])
         yield _judged("full passes", partial(engine, "full"))
@@ -169,15 +184,18 @@ def _spelled(info: ModelInfo) -> str:
 
 
 def _needed_sites(model: Any, tokens: Tensor) -> str | Check:
+    with_attention = attention_layers(model)
     sites = layer_sites(_NEEDED, int(model.cfg.n_layers))
+    sites += [Site("pattern", layer) for layer in with_attention]
     seen = fired(model, tokens[None], sites)
     if absent := [site for site in sites if site not in seen]:
         return Check("sites", "failed", f"missing, or not firing once: {_listed(absent)}")
-    return f"{', '.join(_NEEDED)} in every layer"
+    n_layers = counted(len(with_attention), "layer")
+    return f"{', '.join(_NEEDED)} in every layer, attention in {n_layers}"
 
 
 def _other_sites(model: Any, tokens: Tensor) -> str | Check:
-    names = [name for name in SITE_HOOKS if name not in (*_NEEDED, *MODULE_SITES)]
+    names = [name for name in SITE_HOOKS if name not in (*_NEEDED, "pattern", *MODULE_SITES)]
     sites = layer_sites(names, int(model.cfg.n_layers))
     seen = fired(model, tokens[None], sites)
     if absent := [site for site in sites if site not in seen]:
@@ -237,6 +255,24 @@ def _detection(model: Any, tokens: Tensor, found: list[SinkMap]) -> str:
     sink_map = detect_sinks(model, tokens, primary=0)
     found.append(cast(SinkMap, sink_map))
     return f"runs on {len(tokens)} tokens"
+
+
+def _agreement(model: Any) -> str | Check:
+    """How far detection and raw attention agree on two bundled texts."""
+    texts = [bundled_texts(kind)[0].content for kind in ("prose", "plain")]
+    length = min(_N_JUDGED, describe(model).n_ctx or _N_JUDGED)
+    maps = [cast(SinkMap, detect_sinks(model, text, max_tokens=length)) for text in texts]
+    checks = [attention_check(sink_map) for sink_map in maps]
+    n_clear = sum(len(check.clear_sinks) for check in checks)
+    n_false, n_missed = (
+        sum(len(positions) for positions in which)
+        for which in zip(*((check.false_calls, check.misses) for check in checks), strict=True)
+    )
+    found = f"{counted(n_clear, 'clear sink')}, {n_missed} missed, {counted(n_false, 'false call')}"
+    if n_missed + n_false > _MOST_DISAGREED * n_clear:
+        why = f"{found}: detection and raw attention disagree; see ss.attention_check"
+        return Check("attention-only check", "failed", why)
+    return f"{found}, on {len(maps)} bundled texts of {length} tokens"
 
 
 def _engine(model: Any, sink_map: SinkMap, method: Method) -> str | Check:

@@ -32,6 +32,7 @@ from secondary_sinks.observe.attention_collectors import (
     AttentionEntropy,
     Entropies,
     SinkScores,
+    Visible,
     sink_rate,
 )
 from secondary_sinks.observe.collectors import Collector, MassiveActivation, MassiveActivations
@@ -39,6 +40,7 @@ from secondary_sinks.observe.residual_geometry import ResidualGeometry
 from secondary_sinks.observe.trace import trace_tokens
 from secondary_sinks.result import Result
 from secondary_sinks.sinks import published_criterion
+from secondary_sinks.sinks.measurements import Measurements
 from secondary_sinks.sinks.selection import check_map
 from secondary_sinks.sinks.sink import Sink
 from secondary_sinks.sinks.sink_map import SinkMap
@@ -103,13 +105,16 @@ def other_measures(
     ]
     tokens = sink_map.array("tokens")
     trace_result = trace_tokens(model, tokens, collectors, fwd_hooks=fwd_hooks)
-    published = published_criterion.detect(
-        trace_result["geometry"],
-        sink_map.array("mean_attention"),
-        tokens.tolist(),
-        sink_map.token_strings,
-        chat=sink_map.provenance.chat_template is not None,
+    measured = Measurements(
+        tokens=tuple(tokens.tolist()),
+        token_strings=sink_map.token_strings,
+        geometry=trace_result["geometry"],
+        score=sink_map.array("mean_attention"),
+        visible=Visible(sink_map.array("n_seeing"), sink_map.array("uniform_attention")),
+        beginnings=frozenset(sink_map.beginnings),
     )
+    is_chat = sink_map.provenance.chat_template is not None
+    published = published_criterion.detect(measured, chat=is_chat)
     massive: MassiveActivation = trace_result["MassiveActivations"]
     is_massive = massive.is_massive(min_value=min_value, min_ratio=min_ratio)
     rate = sink_rate(trace_result["importance"], epsilon)
