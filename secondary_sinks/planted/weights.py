@@ -58,7 +58,7 @@ def empty_model(plan: PlantedPlan, layout: Layout) -> Any:
         num_hidden_layers=plan.n_layers,
         num_attention_heads=plan.n_heads,
         num_key_value_heads=plan.n_kv_heads,
-        max_position_embeddings=4096,
+        max_position_embeddings=16384,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=False,

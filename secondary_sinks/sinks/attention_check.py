@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CLEAR_SINK, MIN_LAYERS = 6.0, 4
-CLEAR_NON_SINK = 3.0
+CLEAR_NON_SINK = 2.5
 
 
 @dataclass(frozen=True, eq=False)

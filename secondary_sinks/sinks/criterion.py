@@ -42,7 +42,7 @@ DEFAULTS: dict[str, float | int] = {
     "min_alignment": 0.9,
     "min_norm_ratio": 1.5,
     "min_attention_ratio": 7.0,
-    "min_strength": 0.3,
+    "min_strength": 0.35,
     "min_lifetime": 2,
     "min_primary_ratio": 3.0,
     "min_queries": 8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,50 @@ def test_the_last_token_is_undecided():
     ]
     longer = torch.cat([tokens, torch.full((1, 2), 21)], dim=1)
     assert found(ss.detect_sinks(host, longer)) == {(63, 5, 4)}
+
+
+@pytest.mark.slow
+def test_twelve_tokens_eight_thousand_and_every_place_at_the_beginning():
+    model = one_sink()
+    host = model.load()
+    tokens = torch.tensor([[0, 5, 20, 6, 7, 8, 9, 20, 10, 11, 20, 13]])
+    assert found(ss.detect_sinks(host, tokens)) == {(2, 5, 4), (7, 5, 4), (10, 5, 4)}
+    for position in (1, 2, 3):
+        tokens = model.tokens(64)
+        tokens[tokens == 20] = 21
+        tokens[0, position] = 20
+        assert found(ss.detect_sinks(host, tokens)) == {(position, 5, 4)}
+    tokens = model.tokens(8000)
+    assert found(ss.detect_sinks(host, tokens)) == planted(model.truth(tokens)) != set()
+
+
+@pytest.mark.slow
+def test_a_window_shorter_than_the_text():
+    """Most queries cannot see the primary, nor an early sink; what can see them decides."""
+    model = one_sink(architecture="qwen2")
+    config = copy.deepcopy(model.hf.config)
+    config.use_sliding_window, config.sliding_window, config.max_window_layers = True, 24, 0
+    config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    windowed = type(model.hf)(config).eval()
+    windowed.load_state_dict(model.hf.state_dict())
+    tokens = model.tokens(200)
+    tokens[0, [50, 120, 191]] = 20
+    host = ss.load_model(windowed, tokenizer=model.tokenizer, progress=False)
+    sinks = ss.detect_sinks(host, tokens)
+    assert sinks.n_seeing[3, :3].tolist() == [23.0] * 3
+    assert found(sinks) == planted(model.truth(tokens))
+
+
+@pytest.mark.slow
+def test_a_document_in_the_middle_has_a_primary_of_its_own():
+    """The token with which texts begin, in a packed text: a primary sink wherever it stands."""
+    model = one_sink()
+    tokens = model.tokens(100)
+    expected = planted(model.truth(tokens))
+    tokens[0, 60] = 0
+    sinks = ss.detect_sinks(model.load(), tokens)
+    assert {sink.position for sink in sinks.primary} == {0, 60}
+    assert found(sinks) == {sink for sink in expected if sink[0] != 60}
 
 
 @pytest.mark.slow
@@ -205,7 +250,7 @@ def test_most_tokens_may_be_sinks(share):
     assert len(sinks.secondary) > share * 60
 
 
-def measurements(n_layers, n_tokens, sinks, persistence, *, primary_score=0.4, share=1.0):
+def measurements(n_layers, n_tokens, sinks, persistence, *, primary_score=0.4, share=0.3):
     """Made by hand: one head, ordinary tokens that draw `share` of uniform attention.
 
     Args:
@@ -319,7 +364,7 @@ def test_strength_does_not_depend_on_the_length_of_the_text():
             measurements(6, n_tokens, sinks, persistence_of(6, 5)), thresholds=DEFAULTS
         )
         (sink,) = (sink for sink in detection.sinks if sink.position)
-        assert sink.strength == pytest.approx(8 * float(uniform_score(100)[25]) ** 0.5, rel=0.1)
+        assert sink.strength == pytest.approx(8 * float(uniform_score(100)[25]) ** 0.5, rel=0.15)
 
 
 def test_lives_are_judged_by_the_next_layer_that_has_attention():
@@ -451,8 +496,10 @@ def test_refilter_judges_as_detection_does(tmp_path):
     detected = ss.detect_sinks(host, tokens, **thresholds)
     assert again.sinks == detected.sinks
     assert again.thresholds == detected.thresholds
-    assert again.refilter(min_lifetime=2, min_strength=0.3, min_alignment=0.9).sinks == sinks.sinks
-    assert 0 < len(sinks.refilter(min_lifetime=6).secondary) < len(sinks.secondary)
+    assert again.refilter(min_lifetime=2, min_strength=0.35, min_alignment=0.9).sinks == sinks.sinks
+    shortest = min(sink.lifetime for sink in sinks.secondary)
+    longer = [sink for sink in sinks.secondary if sink.lifetime > shortest]
+    assert sinks.refilter(min_lifetime=shortest + 1).secondary == longer != []
     with pytest.raises(ss.InputError, match="min_cosine"):
         sinks.refilter(min_cosine=0.9)
     with pytest.raises(ss.InputError, match="evidence"):
