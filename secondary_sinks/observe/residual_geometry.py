@@ -24,6 +24,8 @@ from secondary_sinks.observe.collectors import Collector, Run
 ALIKE_NORM, ALIKE_COSINE, ALIKE_GAP = 0.2, 0.9, 3.0
 """A token is alike to another if its norm is at least this share of the other's, their cosine at
 least this, and its norm at least so many times the median of those that are not alike."""
+ALIKE_JUMP = 10.0
+"""In one block an ordinary token does not grow that many times."""
 MOST_ALIKE = 0.5
 """Share of alike tokens up to which the quartile alone tells the background tokens."""
 
@@ -56,7 +58,7 @@ class Geometry:
     background_centered_norm: Float[Tensor, " layer"]
     """Their median norm without the common component."""
     share_alike: Float[Tensor, " layer"]
-    """Share of the tokens that were left out before, as alike to one of the first tokens."""
+    """Share of tokens alike to one of the first, where they are the majority; elsewhere 0."""
 
 
 class ResidualGeometry(Collector):
@@ -94,6 +96,7 @@ class ResidualGeometry(Collector):
             )
         n_layers, n_tokens, n_candidates = run.n_layers, run.n_tokens, len(candidates)
         self._before: Tensor | None = None
+        self._size_before: float | None = None
         self._geometry = Geometry(
             candidates=candidates,
             norm=torch.zeros(n_layers, n_tokens),
@@ -118,9 +121,10 @@ class ResidualGeometry(Collector):
         candidates = list(geometry.candidates)
         residual = activation.float()
         norm = torch.linalg.vector_norm(residual, dim=-1)
-        alike = _alike(residual, norm, candidates)
+        near = _near(residual, norm, candidates)
+        alike = _apart(norm, near)
         background = _background(norm, alike)
-        geometry.share_alike[layer] = alike.float().mean().cpu()
+        geometry.share_alike[layer] = self._share_alike(norm, near, alike)
         common = mean_of(residual, background)
         centered = residual - common
         centered_norm = torch.linalg.vector_norm(centered, dim=-1)
@@ -142,6 +146,19 @@ class ResidualGeometry(Collector):
     def result(self) -> Geometry:
         """Norms and alignments by layer."""
         return self._geometry
+
+    def _share_alike(
+        self,
+        norm: Float[Tensor, " token"],
+        near: Bool[Tensor, " token"],
+        alike: Bool[Tensor, " token"],
+    ) -> float:
+        """Share of alike tokens, also where no smaller ones are left but all grew in one block."""
+        size, before = float(norm.median()), self._size_before
+        self._size_before = size
+        share = float(near.float().mean())
+        grew_at_once = before is not None and size >= ALIKE_JUMP * before
+        return share if grew_at_once and share > MOST_ALIKE else float(alike.float().mean())
 
 
 @dataclass(frozen=True)
@@ -195,16 +212,20 @@ def _background(
     return norm <= 1.5 * others.quantile(0.25)
 
 
-def _alike(
+def _near(
     residual: Float[Tensor, " token d_model"], norm: Float[Tensor, " token"], candidates: list[int]
 ) -> Bool[Tensor, " token"]:
-    """Tokens like the largest of the candidates, if they are more than the quartile can bear."""
+    """Tokens comparable in norm and direction with the largest of the candidates."""
     largest = residual[candidates][norm[candidates].argmax()]
-    top = norm[candidates].max()
-    near = (norm >= ALIKE_NORM * top) & (
-        torch.cosine_similarity(residual, largest, dim=-1) >= ALIKE_COSINE
-    )
-    # In many models all tokens point the same way; only a gap in norm sets some apart.
+    alignment = torch.cosine_similarity(residual, largest, dim=-1)
+    return (norm >= ALIKE_NORM * norm[candidates].max()) & (alignment >= ALIKE_COSINE)
+
+
+def _apart(norm: Float[Tensor, " token"], near: Bool[Tensor, " token"]) -> Bool[Tensor, " token"]:
+    """Those of them that are left out of the background: most of the tokens, beyond a gap in norm.
+
+    In many models all tokens point the same way, so a gap must set them apart.
+    """
     is_apart = bool((~near).any()) and norm[near].min() >= ALIKE_GAP * norm[~near].median()
     return near if is_apart and near.float().mean() > MOST_ALIKE else torch.zeros_like(near)
 

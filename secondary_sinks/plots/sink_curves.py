@@ -160,7 +160,7 @@ def _short(value: float, _: object = None) -> str:
 
 def _share(value: float, _: object = None) -> str:
     """A share without its leading zero; shares too small for a short label have none."""
-    return f"{value:g}".lstrip("0") if value >= 1e-4 else ""
+    return f"{value:g}".lstrip("0") if value > 9e-4 else ""
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -217,7 +217,7 @@ def _notes(trace_result: Trace, phases: tuple[tuple[int, int], ...]) -> Iterator
             f"weights are not raw ({'; '.join(model.processing)}): norms and cosines differ from "
             "those of the original model"
         )
-    if not phases:
+    if not phases and not trace_result["geometry"].share_alike.any():
         yield (
             "no primary sink: no token at the beginning is massive, keeps its direction and draws "
             f"attention. The text begins with {trace_result.token_strings[0]!r}; if the model was "

@@ -109,9 +109,9 @@ def _notes(candidates: list[_Candidate], chosen: _Candidate, n_sink_tokens: int)
     alike = float(geometry.share_alike.max())
     if alike > 0:
         yield (
-            f"few ordinary tokens to compare with: {alike:.0%} of the tokens are about as large as "
-            f"one of the first and point the same way. They share the attention that one of them "
-            f"would draw; {n_sink_tokens} still stand out"
+            f"{'few' if alike < 0.99 else 'no'} ordinary tokens to compare with: {alike:.0%} of the "
+            "tokens are about as large as one of the first and point the same way. They share the "
+            f"attention that one of them would draw; {n_sink_tokens} still stand out"
         )
 
 

@@ -10,7 +10,8 @@ import torch
 
 import secondary_sinks as ss
 from secondary_sinks.observe.attention_collectors import Visible
-from secondary_sinks.observe.residual_geometry import Geometry
+from secondary_sinks.observe.collectors import Run
+from secondary_sinks.observe.residual_geometry import Geometry, ResidualGeometry
 from secondary_sinks.planted.planted_model import (
     PlantedPhase,
     PlantedSink,
@@ -504,3 +505,34 @@ def test_refilter_judges_as_detection_does(tmp_path):
         sinks.refilter(min_cosine=0.9)
     with pytest.raises(ss.InputError, match="evidence"):
         ss.detect_sinks(host, tokens, criterion="published").refilter(min_lifetime=3)
+
+
+def geometry_of(layers):
+    """The geometry of residuals [layer, token, d_model]."""
+    collector = ResidualGeometry()
+    n_layers, n_tokens, d_model = layers.shape
+    collector.start(Run(n_layers, 1, n_tokens, d_model, torch.arange(n_tokens)))
+    for layer, residual in enumerate(layers):
+        collector.update("resid_post", layer, residual)
+    return collector.result()
+
+
+def test_sinks_that_are_the_majority_are_not_the_background():
+    """58 of 60 tokens are as large as the first: the other two are what they are compared with."""
+    residual = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+    residual[1, :, 0] = 500
+    residual[1, [1, 2]] = residual[0, [1, 2]]
+    geometry = geometry_of(residual)
+    assert geometry.share_alike.tolist() == pytest.approx([0, 58 / 60])
+    assert geometry.background_norm[1] < 10
+    assert (geometry.centered_norm[1, 3:] > 100 * geometry.background_centered_norm[1]).all()
+
+
+def test_a_text_all_of_whose_tokens_are_sinks_is_noticed():
+    """Nothing is left to compare with, but an ordinary token does not grow 50 times in a block."""
+    residual = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+    common = residual.clone()
+    common[:, :, 0] += 20  # all point one way, in both layers
+    assert geometry_of(common).share_alike.tolist() == [0, 0]
+    residual[1, :, 0] = 500
+    assert geometry_of(residual).share_alike.tolist() == [0, 1]
