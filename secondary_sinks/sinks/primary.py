@@ -108,10 +108,11 @@ def _notes(candidates: list[_Candidate], chosen: _Candidate, n_sink_tokens: int)
             )
     alike = float(geometry.share_alike.max())
     if alike > 0:
+        how_many = "few" if alike < 0.99 else "no"
         yield (
-            f"{'few' if alike < 0.99 else 'no'} ordinary tokens to compare with: {alike:.0%} of the "
-            "tokens are about as large as one of the first and point the same way. They share the "
-            f"attention that one of them would draw; {n_sink_tokens} still stand out"
+            f"{how_many} ordinary tokens to compare with: {alike:.0%} of the tokens are about as "
+            "large as one of the first and point the same way. They share the attention that one "
+            f"of them would draw; {n_sink_tokens} still stand out"
         )
 
 
