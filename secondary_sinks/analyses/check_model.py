@@ -64,6 +64,10 @@ _NEEDED = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 """Sites that detection and attribution read in every layer."""
 
 
+_OF_SOME = ("pattern", "q_gate")
+"""Sites of the layers that have attention, and of gated attention."""
+
+
 def check_model(model: Model, *, n_tokens: int | None = None) -> ModelCheck:
     """Does the library work on this model, and which of its fast paths?
 
@@ -195,7 +199,7 @@ def _needed_sites(model: Any, tokens: Tensor) -> str | Check:
 
 
 def _other_sites(model: Any, tokens: Tensor) -> str | Check:
-    names = [name for name in SITE_HOOKS if name not in (*_NEEDED, "pattern", *MODULE_SITES)]
+    names = [name for name in SITE_HOOKS if name not in (*_NEEDED, *_OF_SOME, *MODULE_SITES)]
     sites = layer_sites(names, int(model.cfg.n_layers))
     seen = fired(model, tokens[None], sites)
     if absent := [site for site in sites if site not in seen]:
