@@ -24,6 +24,7 @@ from secondary_sinks.host.memory import eager_attention_bytes
 from secondary_sinks.host.model_info import ModelInfo, describe
 from secondary_sinks.host.precision import attention_tolerance, tolerance
 from secondary_sinks.host.protocol import Model
+from secondary_sinks.host.provenance import Provenance
 from secondary_sinks.host.sites import (
     MODULE_SITES,
     SITE_HOOKS,
@@ -102,9 +103,10 @@ def check_model(model: Model, *, n_tokens: int | None = None) -> ModelCheck:
         info = describe(model)
     except SecondarySinksError as error:
         name = type(model).__name__
-        return ModelCheck(ModelInfo(name), (Check("model", "failed", str(error)),))
+        nothing = Provenance(ModelInfo(name))
+        return ModelCheck(nothing, (Check("model", "failed", str(error)),))
     n_tokens = n_tokens or min(_LONG, info.n_ctx or _LONG)
-    return ModelCheck(info, tuple(_checks(model, info, n_tokens)))
+    return ModelCheck(Provenance.of(model), tuple(_checks(model, info, n_tokens)))
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Check:
 class ModelCheck(Result):
     """What works on a model, from `check_model`."""
 
-    model: ModelInfo
+    provenance: Provenance
     checks: tuple[Check, ...] = field(repr=False)
 
     @property
@@ -133,7 +135,7 @@ class ModelCheck(Result):
         for outcome in ("failed", "refused"):
             names = [check.what for check in self.checks if check.outcome == outcome]
             parts += [f"{outcome}: {', '.join(names)}"] if names else []
-        return f"ModelCheck({self.model.name!r}, {'; '.join(parts)})"
+        return f"ModelCheck({self.provenance.model.name!r}, {'; '.join(parts)})"
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each check: what, outcome, detail."""

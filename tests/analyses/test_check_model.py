@@ -16,6 +16,7 @@ ORDER = [
     "tokenizer",
     "streamed attention",
     "detection",
+    "attention-only check",
     "full passes",
     "cached rows",
     "packed rows",
@@ -35,7 +36,7 @@ def test_everything_works_on_a_usual_model(tiny, name, tmp_path):
     assert [line.what for line in check.checks] == ORDER
     assert check.passed
     assert {line.outcome for line in check.checks} == {"ok"}
-    assert repr(check) == f"ModelCheck('{model.cfg.model_name}', 12 of 12 ok)"
+    assert repr(check) == f"ModelCheck('{model.cfg.model_name}', 13 of 13 ok)"
     assert check.to_frame().columns.tolist() == ["what", "outcome", "detail"]
     assert "allowed 1e-04" in by_name(check)["cached rows"].detail
     assert [len(point.fwd_hooks) for point in model.hook_dict.values()] == before

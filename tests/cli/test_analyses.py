@@ -15,8 +15,8 @@ from secondary_sinks.cli.app import app
 from secondary_sinks.planted.planted_model import PlantedPhase, PlantedSink, planted_model
 from secondary_sinks.result import Result
 
-NOT_COMMANDS = {"pool_attributions", "mean_activations"}
-"""Functions of results that are at hand already, and of whole corpora."""
+NOT_COMMANDS = {"pool_attributions", "mean_activations", "check_model"}
+"""Functions of results that are at hand already, of whole corpora, and one with a command of its own."""
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 import secondary_sinks as ss
 from secondary_sinks.planted.planted_model import random_planted
 from secondary_sinks.sinks import published_criterion
+from secondary_sinks.sinks.sink import kind_by_lifetime
 
 
 def published(hidden, ids, candidates, n_layers):
@@ -62,9 +63,9 @@ def test_parity_on_planted_models(seed):
 
 
 def test_labels_at_their_borders():
-    kinds = [published_criterion.kind_of(n, 36) for n in (1, 4, 5, 20, 21, 36)]
+    kinds = [kind_by_lifetime(n, 36) for n in (1, 4, 5, 20, 21, 36)]
     assert kinds == ["noise", "noise", "secondary", "secondary", "primary", "primary"]
-    assert published_criterion.kind_of(9, 24) == "primary", "the fixed 15 fails for shallow models"
+    assert kind_by_lifetime(9, 24) == "primary", "the fixed 15 fails for shallow models"
 
 
 def test_the_clipper_takes_the_larger_rise_and_the_larger_fall_after_it():
