@@ -70,7 +70,9 @@ def measured(model: Any, demo: ss.SinkMap | None = None) -> dict[str, str]:
 
 def demo_table(demo: ss.SinkMap) -> str:
     """The sinks of the demo's conversation."""
-    frame = demo.to_frame().drop(columns=["token_id", "last_layer", "norm_ratio", "delay", "published_kind"])
+    frame = demo.to_frame().drop(
+        columns=["token_id", "last_layer", "norm_ratio", "delay", "published_kind"]
+    )
     frame["token"] = frame["token"].map(repr)
     return f"{demo}\n\n{_table(frame)}\n"
 

@@ -35,8 +35,11 @@ def test_everything_works_on_a_usual_model(tiny, name, tmp_path):
     check = ss.check_model(model)
     assert [line.what for line in check.checks] == ORDER
     assert check.passed
-    assert {line.outcome for line in check.checks} == {"ok"}
-    assert repr(check) == f"ModelCheck('{model.cfg.model_name}', 13 of 13 ok)"
+    # Attention alone judges nothing within a window of 8 tokens.
+    refused = ["attention-only check"] if name == "gemma3" else []
+    assert [line.what for line in check.checks if line.outcome == "refused"] == refused
+    n_ok = f"{13 - len(refused)} of 13 ok"
+    assert repr(check).startswith(f"ModelCheck('{model.cfg.model_name}', {n_ok}")
     assert check.to_frame().columns.tolist() == ["what", "outcome", "detail"]
     assert "allowed 1e-04" in by_name(check)["cached rows"].detail
     assert [len(point.fwd_hooks) for point in model.hook_dict.values()] == before

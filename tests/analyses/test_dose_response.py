@@ -47,8 +47,10 @@ def test_planted_law(seed):
     scales = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
     curve = ss.dose_response(model, sink_map, expected.position, scales, progress=False)
     assert (curve.writer, curve.writer_rule) == (expected.writer, "largest_write")
-    assert curve.lifetime.tolist() == [0] + [expected.lifetime] * 5
-    assert curve.is_sink[1:, expected.onset].all()
+    # Half of a weak vector may draw too little to be a sink.
+    assert curve.lifetime.tolist()[:2] in ([0, 0], [0, expected.lifetime])
+    assert curve.lifetime.tolist()[2:] == [expected.lifetime] * 4
+    assert curve.is_sink[2:, expected.onset].all()
     clean = curve.written_norm[2]
     assert clean == pytest.approx(expected.norm, rel=0.02)
     torch.testing.assert_close(curve.written_norm, torch.tensor(scales) * clean)
@@ -80,6 +82,7 @@ def test_planted_law_of_a_sink_that_fades(architecture):
         curve = ss.dose_response(model, sink_map, expected.position, progress=False)
         assert curve.writer == expected.writer
         lived = [math.ceil(dose * expected.lifetime) for dose in curve.scales.tolist()]
+        lived = [n if n >= sink_map.thresholds["min_lifetime"] else 0 for n in lived]
         assert curve.lifetime.tolist() == [min(n, phase.end - expected.onset) for n in lived]
         assert curve.lifetime_correlation.rho > 0.98
         taken_off = expected.norm / expected.lifetime

@@ -16,7 +16,7 @@ from secondary_sinks.planted.planted_model import PlantedPhase, PlantedSink, pla
 from secondary_sinks.result import Result
 
 NOT_COMMANDS = {"pool_attributions", "mean_activations", "check_model"}
-"""Functions of results that are at hand already, of whole corpora, and one with a command of its own."""
+"""Functions of results at hand already, of whole corpora, and one with its own command."""
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import typer
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(FOLDER))
 
+import detection  # noqa: E402
 import run_all  # noqa: E402
 from shared import Bench, Outcome, read_texts, write  # noqa: E402
 
@@ -151,4 +153,26 @@ def test_texts_are_read_from_json_lines(tmp_path):
 
 def test_every_script_is_run():
     scripts = {path.stem for path in FOLDER.glob("*.py")}
-    assert scripts == {*run_all.EXPERIMENTS, "run_all", "shared", "levels_over_models"}
+    others = {"run_all", "shared", "levels_over_models", "architectures", "detection"}
+    assert scripts == {*run_all.EXPERIMENTS, *others}
+
+
+def test_detection_is_compared_with_attention_text_by_text():
+    """On a planted model whose sinks live long enough to be clear."""
+    planted = ss.planted_model(
+        n_layers=12,
+        phases=(PlantedPhase(start=1, end=11, norm=400),),
+        secondary=(PlantedSink(token=9, writer=3, norm=300, lifetime=7),),
+    )
+    model = planted.load()
+    texts = [planted.text(400, seed=seed) for seed in range(2)]
+    rows = pd.DataFrame(list(detection.checks(model, texts, (100, 300))))
+    assert rows[["form", "n_tokens", "text"]].values.tolist() == [
+        ["plain", n, text] for text in range(2) for n in (100, 300)
+    ]
+    table = detection.summary(rows)
+    assert table["texts"].tolist() == [2, 2]
+    assert table["clear_sinks"].sum() == rows["called"].sum() > 0
+    assert (table["precision"].dropna() == 1).all()
+    assert (table["false_calls"] == 0).all()
+    assert all(len(text) > 500 for text in detection.long_texts(4, 500))

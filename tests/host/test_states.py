@@ -110,8 +110,10 @@ def test_what_torch_compile_wraps_is_refused(hf_model, make_tiny, tokens_of):
 def test_checks_are_repeated_where_the_precision_has_changed(make_tiny, tokens_of, expected):
     model = make_tiny("llama")
     numbers(model, tokens_of(N))
+    identity.check_residual_identity(model)
     model.half()
     assert_same(numbers(model, tokens_of(N)), expected, rtol=tolerance(model))
+    identity.check_residual_identity(model)
     for checks, n in (
         (identity._largest_errors, 2),
         (streaming_check._checks, 2),
