@@ -44,8 +44,12 @@ def pool_attributions(
         seed: of the bootstrap and of the permutations.
 
     Raises:
-        InputError: no attributions, attributions of different models, or none of a sink.
+        InputError: no attributions, something else in their place, attributions of different
+            models, or none of a sink.
     """
+    for entry in attributions:
+        if not isinstance(entry, MlpAttribution):
+            raise InputError(f"expected results of attribute_to_mlps, got {type(entry).__name__}")
     models = {(a.provenance.model.name, a.provenance.weights) for a in attributions}
     if len(models) != 1:
         raise InputError(

@@ -109,7 +109,7 @@ def rows_of(interventions: Sequence[Intervention | Sequence[Intervention]]) -> l
     """
     rows: list[Row] = []
     for number, entry in enumerate(interventions):
-        row = (entry,) if isinstance(entry, Intervention) else tuple(entry)
+        row = tuple(entry) if isinstance(entry, Sequence) else (entry,)
         if not row or not all(isinstance(item, Intervention) for item in row):
             raise InputError(
                 f"entry {number} must be an Intervention or a sequence of them, got {entry!r}"

@@ -115,9 +115,11 @@ def attention_check(sink_map: SinkMap) -> AttentionCheck:
         sink_map: of `detect_sinks`; texts of about 100 tokens or more.
 
     Raises:
-        InputError: the map holds no attention (read from a published file), or its text is too
-            short for any token to be judged.
+        InputError: not a sink map, one that holds no attention (read from a published file), or
+            one of a text too short for any token to be judged.
     """
+    if not isinstance(sink_map, SinkMap):
+        raise InputError(f"expected one sink map, got {type(sink_map).__name__}")
     steady = sink_map.array("steady_attention")
     known = ~torch.isnan(steady).all(dim=0)
     known[sink_map.primary_position] = False

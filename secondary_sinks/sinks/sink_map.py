@@ -265,6 +265,8 @@ class SinkMap(Result):
         phases = " and ".join(f"{start}-{end - 1}" for start, end in self.phases) or "none"
         processed = ", processed weights" if self.provenance.model.processing else ""
         n_secondary = counted(len(self.secondary), "secondary sink")
+        if self.undecided:
+            n_secondary += f", {len({sink.position for sink in self.undecided})} undecided"
         return (
             f"SinkMap({self.model_name!r}, {self.n_tokens} tokens: {n_secondary}, "
             f"primary at {self.primary_position} in layers {phases}{processed})"

@@ -97,6 +97,7 @@ def test_the_last_token_is_undecided():
     assert [(s.position, s.layers, s.kind) for s in sinks.undecided] == [
         (63, (5, 6, 7, 8), "undecided")
     ]
+    assert "no secondary sinks, 1 undecided" in repr(sinks)
     longer = torch.cat([tokens, torch.full((1, 2), 21)], dim=1)
     assert found(ss.detect_sinks(host, longer)) == {(63, 5, 4)}
 

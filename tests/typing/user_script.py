@@ -133,7 +133,10 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     other = ss.detect_sinks(planted.load(), planted.text(64))
     check: ss.ModelCheck = ss.check_model(model, n_tokens=1000)
-    print(check.passed, check.to_frame())
+    strong: ss.SinkMap = sink_map.refilter(min_strength=0.5, min_lifetime=3)
+    agreement: ss.AttentionCheck = ss.attention_check(strong)
+    recall: float = agreement.recall
+    print(check.passed, check.to_frame(), recall)
     rows = intervene(model, sink_map, torch.ones(896))
     provenance: ss.Provenance = rows.provenance
     print(observe(model, "Once"), provenance, analyse(model, sink_map, other))
