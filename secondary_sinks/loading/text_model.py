@@ -61,7 +61,7 @@ def _assembled(whole: str, hf: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = hf.config.text_config
-    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     decoder, head = hf.get_decoder(), hf.get_output_embeddings()
     if causal_class is None or head is None:
         raise ModelError(
