@@ -25,6 +25,8 @@ import secondary_sinks as ss
 
 MODELS = ("qwen2.5-coder-0.5b", "smollm2-135m", "gemma3-270m")
 LENGTHS = (100, 500, 2000)
+LOOSE = {"min_attention_ratio": 3.0, "min_strength": 0.0, "min_lifetime": 1}
+"""A criterion without a floor on strength, for comparison."""
 CHARACTERS = 5
 """Characters of text for each token of the longest length: more than any of the models needs."""
 
@@ -58,6 +60,7 @@ def checks(model: Any, texts: Sequence[str], lengths: Sequence[int]) -> Iterator
             for length in lengths:
                 sink_map = ss.detect_sinks(model, content, max_tokens=length)
                 check = ss.attention_check(sink_map)
+                loose = ss.attention_check(sink_map.refilter(**LOOSE))
                 yield {
                     "model": sink_map.model_name,
                     "form": form,
@@ -68,13 +71,15 @@ def checks(model: Any, texts: Sequence[str], lengths: Sequence[int]) -> Iterator
                     "false_calls": len(check.false_calls),
                     "open_calls": len(check.open_calls),
                     "undecided": len(sink_map.undecided),
+                    "loose_called": len(loose.agreed),
+                    "loose_false_calls": len(loose.false_calls),
                 }
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Sums over texts, with recall and precision; NaN where there is nothing to share."""
     sums = rows.groupby(["model", "form", "n_tokens"], sort=False)
-    table = sums[["clear_sinks", "called", "false_calls", "open_calls", "undecided"]].sum()
+    table = sums.sum().drop(columns="text")
     table.insert(0, "texts", sums.size())
     table["recall"] = table["called"] / table["clear_sinks"]
     table["precision"] = table["called"] / (table["called"] + table["false_calls"])
