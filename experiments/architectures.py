@@ -242,7 +242,10 @@ def examine(architecture: str) -> dict[str, str]:
     attempt("residual", lambda: ss.trace(model, tokens, [geometry]))
     attempt("attention", lambda: ss.trace(model, tokens, [scores], attention="eager"))
     attempt("streamed", lambda: ss.trace(model, tokens, [scores], attention="streaming"))
-    sink_map = attempt("detection", lambda: ss.detect_sinks(model, tokens, min_attention_ratio=0.0))
+    sink_map = attempt(
+        "detection",
+        lambda: ss.detect_sinks(model, tokens, min_attention_ratio=0.0, min_strength=0.0),
+    )
     if sink_map is None:
         return row
     edits = [
