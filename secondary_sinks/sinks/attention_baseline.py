@@ -152,9 +152,10 @@ def _blocks(
     by twice as many queries as its last.
     """
     blocks: list[list[int]] = [[]]
+    later = n_later.tolist()
     for place in reversed(places.tolist()):
         last = blocks[-1][0] if blocks[-1] else place
-        is_far = n_later[place] >= 2 * n_later[last] and len(blocks[-1]) >= LEAST_NEIGHBORS
+        is_far = later[place] >= 2 * later[last] and len(blocks[-1]) >= LEAST_NEIGHBORS
         if is_far or len(blocks[-1]) == N_NEIGHBORS:
             blocks.append([])
         blocks[-1].append(place)

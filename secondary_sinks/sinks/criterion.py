@@ -53,7 +53,7 @@ DEFAULTS: dict[str, float | int] = {
   written along the sink direction be about twice as long as everything else the token has.
 * `min_norm_ratio`: norm over the median background token's, both without the common component.
 * `min_attention_ratio`: attention drawn over that of ordinary tokens nearby. Ordinary tokens of
-  three models scatter around 1.3, with one in a hundred above 7; sinks begin at 13.
+  three models scatter around 1.3, one in a hundred of them above 5 to 7; sinks begin at 13.
 * `min_strength`: attention drawn, in a unit that does not depend on the length of the text. See
   `experiments/detection.py` for the sinks and other tokens of three models.
 * `min_lifetime`: number of layers.
@@ -94,25 +94,17 @@ class Criterion:
                 which then say nothing.
             positions: where each item stands; by default item t is token t.
         """
-        return self._judge(centered_alignment, centered_norm, score, positions)[0]
+        return self.judge(centered_alignment, centered_norm, score, positions)[0]
 
-    def undecided(
-        self,
-        centered_alignment: Float[Tensor, " layer token"],
-        centered_norm: Float[Tensor, " layer token"],
-        score: Float[Tensor, " layer head token"],
-    ) -> list[list[tuple[int, ...]]]:
-        """For each token, what would be lives if a later token existed that could attend to it."""
-        return self._judge(centered_alignment, centered_norm, score, None)[1]
-
-    def _judge(
+    def judge(
         self,
         centered_alignment: Float[Tensor, " layer item"],
         centered_norm: Float[Tensor, " layer item"],
         score: Float[Tensor, " layer head item"],
-        positions: Int[Tensor, " item"] | None,
+        positions: Int[Tensor, " item"] | None = None,
     ) -> tuple[list[list[tuple[int, ...]]], list[list[tuple[int, ...]]]]:
-        """Lives, and lives that no attention can decide, of each item."""
+        """The lives of each item, and what would be lives if a later token existed that could
+        attend to it; the arguments are those of `lives`."""
         aligned = is_aligned(
             centered_alignment, centered_norm, self.background_norm, self.thresholds
         )

@@ -75,9 +75,9 @@ def detect(
         indices = indices[geometry.candidates.index(primary) :][:1]
     candidates = [_Candidate.of(measured, index, thresholds) for index in indices]
     chosen = _choose_primary(candidates)
-    aligned = geometry.centered_alignment[chosen.index]
-    lives = chosen.criterion.lives(aligned, geometry.centered_norm, measured.score)
-    undecided = chosen.criterion.undecided(aligned, geometry.centered_norm, measured.score)
+    lives, undecided = chosen.criterion.judge(
+        geometry.centered_alignment[chosen.index], geometry.centered_norm, measured.score
+    )
     sinks = tuple(sink for token, own in enumerate(lives) for sink in chosen.sinks(token, own))
     return Detection(
         primary=chosen.index,
