@@ -1,17 +1,19 @@
 """Do the sinks of a map agree with raw attention?
 
 The criterion reads the direction and norm of residuals, and attention by the heads that read the
-primary. This check reads none of these. It sorts tokens by their *steady attention*
-(`observe.steady_attention`): attention averaged over all heads, over what uniform attention would
-give, in at least three quarters of the text after the token. Being a multiple of uniform attention,
-it does not shrink as a text grows.
+primary. This check reads none of these. It sorts tokens by their *steady strength*: attention
+averaged over all heads in all but a quarter of the text after the token
+(`observe.steady_attention`), in the unit of strength, which does not depend on the length of the
+text: a multiple of uniform attention, times the root of uniform attention
+(`sinks.attention_baseline`).
 
-* a *clear sink* has a steady attention of `CLEAR_SINK` or more in at least `MIN_LAYERS` layers;
+* a *clear sink* has a steady strength of `CLEAR_SINK` or more in at least `MIN_LAYERS` layers;
 * a *clear non-sink* stays below `CLEAR_NON_SINK` in every layer from the second on;
 * what lies between, and tokens with too little text after them, are left open.
 
-Tokens that are copied from, or attended to for being near, fail in most of the later text: they
-are no clear sinks. A short-lived sink lies between.
+At 500 tokens the two are about 6 and 2.5 times uniform attention, or 0.02 and 0.008 of it all.
+Tokens that are copied from, or attended to for being near, fail in most of the later text: they are
+no clear sinks. A short-lived sink lies between.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from secondary_sinks.sinks.sink_map import SinkMap
 if TYPE_CHECKING:
     import pandas as pd
 
-CLEAR_SINK, MIN_LAYERS = 6.0, 4
-CLEAR_NON_SINK = 2.5
+CLEAR_SINK, MIN_LAYERS = 0.33, 4
+CLEAR_NON_SINK = 0.14
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class AttentionCheck(Result):
     n_open: int
     """Tokens between the two classes, and those with too little text after them."""
     strongest: tuple[float, ...]
-    """For each clear sink and then each false call, its steady attention in the layer that ranks
+    """For each clear sink and then each false call, its steady strength in the layer that ranks
     fourth for it: what `CLEAR_SINK` is compared with."""
     provenance: Provenance
 
@@ -94,7 +96,7 @@ class AttentionCheck(Result):
                 "position": positions,
                 "token": [self.token_strings[p] for p in positions],
                 "verdict": verdicts,
-                "steady_attention": list(self.strongest),
+                "steady_strength": list(self.strongest),
             }
         )
 
@@ -120,7 +122,7 @@ def attention_check(sink_map: SinkMap) -> AttentionCheck:
     """
     if not isinstance(sink_map, SinkMap):
         raise InputError(f"expected one sink map, got {type(sink_map).__name__}")
-    steady = sink_map.array("steady_attention")
+    steady = sink_map.array("steady_attention") * sink_map.array("uniform_attention").sqrt()
     known = ~torch.isnan(steady).all(dim=0)
     known[sink_map.primary_position] = False
     if not known.any():

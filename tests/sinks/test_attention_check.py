@@ -12,15 +12,17 @@ from secondary_sinks.observe.steady_attention import MIN_SEGMENTS, SteadyAttenti
 from secondary_sinks.planted.planted_model import PlantedPhase, PlantedSink
 from secondary_sinks.sinks.attention_check import CLEAR_NON_SINK, CLEAR_SINK
 
+ABOVE = CLEAR_SINK * 1.01
+
 
 def steady_map(invented, rows):
-    """Five invented sinks; tokens draw uniform attention, except where `rows` says otherwise."""
+    """Five invented sinks; all tokens have steady strength 0.05 but where `rows` says otherwise."""
     sink_map = invented(5)
-    steady = torch.ones(24, 400)
-    steady[:, 350:] = torch.nan
+    strength = torch.full((24, 400), 0.05)
+    strength[:, 350:] = torch.nan
     for position, values in rows.items():
-        steady[: len(values), position] = torch.tensor(values)
-    return replace(sink_map, steady_attention=steady)
+        strength[: len(values), position] = torch.tensor(values)
+    return replace(sink_map, steady_attention=strength / sink_map.uniform_attention.sqrt())
 
 
 def test_calls_are_sorted_by_attention_alone(invented):
@@ -33,13 +35,13 @@ def test_calls_are_sorted_by_attention_alone(invented):
         steady_map(
             invented,
             {
-                sink: [1.0, *[CLEAR_SINK] * 4],
-                weak: [1.0, CLEAR_NON_SINK],  # between the two
-                false: [50.0, *[CLEAR_NON_SINK - 0.1] * 20],  # the first layer does not count
+                sink: [0.05, *[ABOVE] * 4],
+                weak: [0.05, CLEAR_NON_SINK * 1.01],  # between the two
+                false: [50.0, *[CLEAR_NON_SINK * 0.99] * 20],  # the first layer does not count
                 late: [torch.nan] * 24,
-                other: [1.0, *[CLEAR_SINK] * 3],  # too short a life to be clear
-                free: [1.0, *[CLEAR_SINK] * 4],
-                short: [1.0, *[CLEAR_SINK] * 3],
+                other: [0.05, *[ABOVE] * 3],  # too short a life to be clear
+                free: [0.05, *[ABOVE] * 4],
+                short: [0.05, *[ABOVE] * 3],
             },
         )
     )
@@ -51,11 +53,11 @@ def test_calls_are_sorted_by_attention_alone(invented):
     assert check.n_clear_non_sinks + check.n_open + 2 == 399
     frame = check.to_frame().set_index("position")
     assert frame.verdict.to_dict() == {sink: "agreed", free: "miss", false: "false call"}
-    assert frame.steady_attention[sink] == CLEAR_SINK
+    assert frame.steady_strength[sink] == pytest.approx(ABOVE)
 
 
 def test_nothing_clear_is_no_share(invented):
-    check = ss.attention_check(steady_map(invented, dict.fromkeys(range(400), [4.0] * 24)))
+    check = ss.attention_check(steady_map(invented, dict.fromkeys(range(400), [0.2] * 24)))
     assert check.recall != check.recall
     assert check.precision != check.precision
     assert (check.clear_sinks, check.false_calls) == ((), ())
