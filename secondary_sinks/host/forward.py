@@ -114,9 +114,11 @@ def forward(
 
     hooks: list[UserHook] = []
     points = model.hook_dict
+    # Before any hook is set: the first time, a layout takes a pass of its own over a few tokens.
+    layouts = [head_layout(model, site) for site, _ in editors]
     with torch.no_grad(), ExitStack() as stack:
         for index, (site, editor) in enumerate(editors):
-            hook = hook_of(index, in_layout(head_layout(model, site), editor))
+            hook = hook_of(index, in_layout(layouts[index], editor))
             if site.name == FINAL_NORM:
                 stack.enter_context(_final_norm_hook(model, hook))
             elif (module := module_of_site(model, site, points)) is not None:
