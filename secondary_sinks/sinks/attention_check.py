@@ -7,7 +7,7 @@ averaged over all heads in all but a quarter of the text after the token
 text: a multiple of uniform attention, times the root of uniform attention
 (`sinks.attention_baseline`).
 
-* a *clear sink* has a steady strength of `CLEAR_SINK` or more in at least `MIN_LAYERS` layers;
+* a *clear sink* has a steady strength of `CLEAR_SINK` or more in `MIN_LAYERS` layers in a row;
 * a *clear non-sink* stays below `CLEAR_NON_SINK` in every layer from the second on;
 * what lies between, and tokens with too little text after them, are left open.
 
@@ -43,7 +43,7 @@ class AttentionCheck(Result):
 
     token_strings: tuple[str, ...]
     clear_sinks: tuple[int, ...]
-    """Positions that draw attention from everywhere, over several layers."""
+    """Positions that draw attention from everywhere, over several layers in a row."""
     agreed: tuple[int, ...]
     """Those of them that the map calls sinks."""
     false_calls: tuple[int, ...]
@@ -54,8 +54,8 @@ class AttentionCheck(Result):
     n_open: int
     """Tokens between the two classes, and those with too little text after them."""
     strongest: tuple[float, ...]
-    """For each clear sink and then each false call, its steady strength in the layer that ranks
-    fourth for it: what `CLEAR_SINK` is compared with."""
+    """For each clear sink and then each false call, the largest steady strength that it keeps for
+    `MIN_LAYERS` layers in a row: what `CLEAR_SINK` is compared with."""
     provenance: Provenance
 
     @property
@@ -130,9 +130,9 @@ def attention_check(sink_map: SinkMap) -> AttentionCheck:
             f"no token of {sink_map!r} is followed by enough text to be judged by attention alone; "
             "use a text of 100 tokens or more, and an attention path other than 'fused'"
         )
-    ranked = steady.nan_to_num(nan=0.0).sort(dim=0, descending=True).values
-    fourth = ranked[min(MIN_LAYERS, len(ranked)) - 1]
-    is_sink = known & (fourth >= CLEAR_SINK)
+    seen = steady[~torch.isnan(steady).all(dim=1)].nan_to_num(nan=0.0)  # some have no attention
+    kept = seen.unfold(0, min(MIN_LAYERS, len(seen)), 1).amin(dim=-1).amax(dim=0)
+    is_sink = known & (kept >= CLEAR_SINK)
     is_none = known & (steady[1:].nan_to_num(nan=0.0) < CLEAR_NON_SINK).all(dim=0)
     called = torch.zeros_like(known)
     called[[sink.position for sink in sink_map.sinks]] = True
@@ -146,7 +146,7 @@ def attention_check(sink_map: SinkMap) -> AttentionCheck:
         open_calls=_positions(called & ~is_sink & ~is_none),
         n_clear_non_sinks=int(is_none.sum()),
         n_open=int((~is_sink & ~is_none).sum()) - 1,
-        strongest=tuple(fourth[[*clear, *false]].tolist()),
+        strongest=tuple(kept[[*clear, *false]].tolist()),
         provenance=sink_map.provenance,
     )
 

@@ -41,7 +41,7 @@ def test_calls_are_sorted_by_attention_alone(invented):
                 late: [torch.nan] * 24,
                 other: [0.05, *[ABOVE] * 3],  # too short a life to be clear
                 free: [0.05, *[ABOVE] * 4],
-                short: [0.05, *[ABOVE] * 3],
+                short: [0.05, *[ABOVE] * 3, 0.05, *[ABOVE] * 3],  # not in a row
             },
         )
     )
