@@ -30,7 +30,7 @@ from torch import Tensor
 from secondary_sinks.analyses.target import Target
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import Model, UserHook
-from secondary_sinks.host.provenance import Provenance, check_model
+from secondary_sinks.host.provenance import Provenance, check_same_model
 from secondary_sinks.intervene.counterfactuals import CounterfactualRows, counterfactuals
 from secondary_sinks.intervene.edits import Edit, Mean, Resample, Zero
 from secondary_sinks.intervene.engine import Method
@@ -133,7 +133,7 @@ def attribute_to_mlps(
         raise InputError(f"n_controls must be 1 or more, got {n_controls}")
     check_map(model, sink_map, fwd_hooks=fwd_hooks)
     if means is not None:
-        check_model(means.provenance, model, fwd_hooks, what="the mean activations")
+        check_same_model(means.provenance, model, fwd_hooks, what="the mean activations")
     chosen = sink_map.select(sinks)
     targets = [Target.of(sink_map, sink, n_controls=n_controls, seed=seed) for sink in chosen]
     writes = direct_writes(model, sink_map, chosen, fwd_hooks=fwd_hooks)

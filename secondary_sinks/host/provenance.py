@@ -1,6 +1,6 @@
 """Where a result comes from: enough to repeat it, or to see why a repetition differs.
 
-Every result has a `provenance`. It also ties a sink map to its model: `check_model` raises where a
+Every result has a `provenance`. It also ties a sink map to its model: `check_same_model` raises where a
 map meets other weights, another tokenizer or other hooks.
 """
 
@@ -108,7 +108,7 @@ def hook_labels(model: Any, fwd_hooks: Iterable[UserHook]) -> tuple[str, ...]:
     return tuple(sorted([*(label(name) for name, _ in fwd_hooks), *hooks_on(model)]))
 
 
-def check_model(
+def check_same_model(
     provenance: Provenance, model: Any, fwd_hooks: Sequence[UserHook] = (), *, what: str
 ) -> None:
     """Raise `InputError` if a result was not measured in `model` in its present state.

@@ -7,7 +7,7 @@ from typing import Any
 
 from secondary_sinks.errors import InputError
 from secondary_sinks.host.protocol import UserHook
-from secondary_sinks.host.provenance import check_model
+from secondary_sinks.host.provenance import check_same_model
 from secondary_sinks.sinks.sink_map import ArrayName, SinkMap
 
 MEASURED: tuple[ArrayName, ...] = ("tokens", "norm", "mean_attention")
@@ -36,7 +36,7 @@ def check_map(model: Any, sink_map: SinkMap, *, fwd_hooks: Sequence[UserHook] = 
             f"{sink_map!r} holds no baselines to judge edited tokens by; make it with "
             "detect_sinks(model, text, criterion='evidence')"
         )
-    check_model(sink_map.provenance, model, fwd_hooks, what="the sink map")
+    check_same_model(sink_map.provenance, model, fwd_hooks, what="the sink map")
     return sink_map
 
 

@@ -11,7 +11,7 @@ import torch
 import secondary_sinks as ss
 from secondary_sinks.host.fingerprint import template_hash
 from secondary_sinks.host.model_info import describe
-from secondary_sinks.host.provenance import PACKAGES, Provenance, check_model, hook_labels
+from secondary_sinks.host.provenance import PACKAGES, Provenance, check_same_model, hook_labels
 
 N = 24
 MLP_OUT = "blocks.1.hook_mlp_out"
@@ -78,10 +78,10 @@ def test_hooks_are_labelled_however_they_are_put_there(make_tiny):
 
 def test_a_result_is_accepted_by_its_own_model(tiny, make_tiny):
     model = tiny("llama")
-    check_model(Provenance.of(model), model, what="the map")
-    check_model(Provenance.of(model), make_tiny("llama"), what="the map")
+    check_same_model(Provenance.of(model), model, what="the map")
+    check_same_model(Provenance.of(model), make_tiny("llama"), what="the map")
     hooks = [(MLP_OUT, look)]
-    check_model(Provenance.of(model, fwd_hooks=hooks), model, hooks, what="the map")
+    check_same_model(Provenance.of(model, fwd_hooks=hooks), model, hooks, what="the map")
 
 
 def test_other_weights_are_refused_and_both_models_named(make_tiny, tiny):
@@ -89,7 +89,7 @@ def test_other_weights_are_refused_and_both_models_named(make_tiny, tiny):
     for model in (tiny("qwen3"), make_tiny("llama", 1)):
         other = Provenance.of(model)
         with pytest.raises(ss.InputError, match=r"^the map was measured in") as caught:
-            check_model(provenance, model, what="the map")
+            check_same_model(provenance, model, what="the map")
         for part in (provenance, other):
             assert f"{part.model.name!r} (weights {part.weights})" in str(caught.value)
 
@@ -99,7 +99,7 @@ def test_another_tokenizer_is_refused(make_tiny):
     provenance = Provenance.of(model)
     model.tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(ss.InputError, match=r"in 'Llama\w*' with tokenizer .*, but 'Llama\w*' now"):
-        check_model(provenance, model, what="the map")
+        check_same_model(provenance, model, what="the map")
 
 
 @pytest.mark.slow
@@ -108,10 +108,10 @@ def test_other_hooks_are_refused(make_tiny):
     provenance = Provenance.of(model)
     name = model.hook_dict[MLP_OUT].name
     with pytest.raises(ss.InputError, match=rf"hooks at no hook point, but .* hooks at {name}:"):
-        check_model(provenance, model, [(MLP_OUT, look)], what="the map")
+        check_same_model(provenance, model, [(MLP_OUT, look)], what="the map")
     model.add_hook(MLP_OUT, look)
     with pytest.raises(ss.InputError, match="pass the same fwd_hooks"):
-        check_model(provenance, model, what="the map")
+        check_same_model(provenance, model, what="the map")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
@@ -123,7 +123,7 @@ def test_nothing_of_the_model_changes(make_tiny, kind):
     settings = copy.deepcopy(model.original_model.config.to_dict())
     tokenizer = copy.deepcopy(model.tokenizer.init_kwargs)
     state = torch.random.get_rng_state()
-    check_model(Provenance.of(model), model, what="the map")
+    check_same_model(Provenance.of(model), model, what="the map")
     assert model.training
     assert hook_labels(model, ()) == (model.hook_dict[MLP_OUT].name,)
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
