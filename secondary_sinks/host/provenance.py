@@ -1,7 +1,7 @@
 """Where a result comes from: enough to repeat it, or to see why a repetition differs.
 
-Every result has a `provenance`. It also ties a sink map to its model: `check_same_model` raises where a
-map meets other weights, another tokenizer or other hooks.
+Every result has a `provenance`. It also ties a sink map to its model: `check_same_model` raises
+where a map meets other weights, another tokenizer or other hooks.
 """
 
 from __future__ import annotations
