@@ -64,7 +64,6 @@ _LONG = 4096
 _NEEDED = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 """Sites that detection and attribution read in every layer."""
 
-
 _OF_SOME = ("pattern", "q_gate")
 """Sites of the layers that have attention, and of gated attention."""
 
@@ -156,7 +155,7 @@ def _checks(model: Any, info: ModelInfo, n_tokens: int) -> Iterator[Check]:
     found: list[SinkMap] = []
     yield _judged("detection", lambda: _detection(model, tokens, found))
     if getattr(model, "tokenizer", None) is not None:
-        yield _judged("attention-only check", lambda: _agreement(model), otherwise="refused")
+        yield _judged("attention-only check", lambda: _agreement(model, info), otherwise="refused")
     if found:
         engine = partial(_engine, model, found[0])
         yield _judged("full passes", partial(engine, "full"))
@@ -263,10 +262,10 @@ def _detection(model: Any, tokens: Tensor, found: list[SinkMap]) -> str:
     return f"runs on {len(tokens)} tokens"
 
 
-def _agreement(model: Any) -> str | Check:
+def _agreement(model: Any, info: ModelInfo) -> str | Check:
     """How far detection and raw attention agree on two bundled texts."""
     texts = [bundled_texts(kind)[0].content for kind in ("prose", "plain")]
-    length = min(_N_JUDGED, describe(model).n_ctx or _N_JUDGED)
+    length = min(_N_JUDGED, info.n_ctx or _N_JUDGED)
     maps = [cast(SinkMap, detect_sinks(model, text, max_tokens=length)) for text in texts]
     checks = [attention_check(sink_map) for sink_map in maps]
     n_clear = sum(len(check.clear_sinks) for check in checks)

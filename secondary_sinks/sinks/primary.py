@@ -32,7 +32,7 @@ from secondary_sinks.sinks.criterion import (
     norm_ratio,
 )
 from secondary_sinks.sinks.measurements import Measurements
-from secondary_sinks.sinks.sink import Evidence, Kind, Sink, kind_by_lifetime
+from secondary_sinks.sinks.sink import MIN_COSINE, Evidence, Kind, Sink, kind_by_lifetime
 
 PRIMARY_SHARE = 0.25
 """A candidate is the primary only if its norm ratio is at least this share of the largest one's."""
@@ -191,7 +191,7 @@ class _Candidate:
         geometry, shown = self.measured.geometry, self.criterion.baseline.has_attention
         at = (list(layers), token)
         inside = [layer for phase in self.phases for layer in range(*phase)]
-        n_aligned = int((geometry.alignment[self.index, inside, token].abs() > 0.9).sum())
+        n_aligned = int((geometry.alignment[self.index, inside, token].abs() > MIN_COSINE).sum())
         score = next_layer(self.measured.score[:, :, token].mean(dim=1), shown)
         return Evidence(
             alignment=_floats(geometry.alignment[self.index][at]),

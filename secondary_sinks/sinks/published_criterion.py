@@ -27,11 +27,10 @@ from secondary_sinks.sinks.attention_baseline import AttentionBaseline
 from secondary_sinks.sinks.criterion import life_mean
 from secondary_sinks.sinks.measurements import Measurements
 from secondary_sinks.sinks.primary import Detection
-from secondary_sinks.sinks.sink import Evidence, Sink, kind_by_lifetime
+from secondary_sinks.sinks.sink import MIN_COSINE, Evidence, Sink, kind_by_lifetime
 
 CHAT_CANDIDATES = (0, 1, 2)
 PLAIN_CANDIDATES = (0, 1)
-MIN_COSINE = 0.9
 
 
 def detect(measured: Measurements, *, chat: bool, primary: int | None = None) -> Detection:

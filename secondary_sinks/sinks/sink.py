@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+MIN_COSINE = 0.9
+"""The paper's threshold of a token's |cosine| with the primary."""
+
 Kind = Literal["primary", "secondary", "noise", "chosen", "undecided"]
 """What a sink is.
 
